@@ -38,6 +38,7 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
             "min_decay": 0.125,
             "max_decay": 0.5,
             "shadow_dtype": "float64",
+            "optimizer": "g",
             "export_path": "ema.safetensors",
         },
         {"decay": 0.75},
@@ -51,7 +52,10 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
             "eval_mode": True,
         }
     ],
-    "GradientClippingHook": [{"max_norm": 1.5, "norm_type": 1.0}, {"max_value": 0.5}],
+    "GradientClippingHook": [
+        {"max_norm": 1.5, "norm_type": 1.0, "optimizers": ["d"]},
+        {"max_value": 0.5},
+    ],
     "KeepBest": [
         {
             "monitor": "eval/val/loss",

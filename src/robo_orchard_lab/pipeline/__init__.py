@@ -2,6 +2,7 @@
 
 from robo_orchard_lab.pipeline.batch_processor import (
     BatchProcessor,
+    NamedSteps,
     SimpleBatchProcessor,
     SupervisedProcessor,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "First",
     "HookBasedTrainer",
     "Last",
+    "NamedSteps",
     "PipelineHookArgs",
     "PipelineHooks",
     "PipelineHooksConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from numbers import Real
@@ -244,10 +244,16 @@ def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: torch.Tens
             multiply_all(gradients, factor.to(device))
 
 
+NamedSteps: TypeAlias = Generator[tuple[str, torch.Tensor], None, Any]
+"""Generator that yields the name of an optimizer and its loss, and returns the outputs."""
 ForwardResult: TypeAlias = (
-    tuple[Any, torch.Tensor | None] | tuple[Any, torch.Tensor, float | torch.Tensor]
+    tuple[Any, torch.Tensor | None]
+    | tuple[Any, torch.Tensor, float | torch.Tensor]
+    | tuple[Any, Mapping[str, torch.Tensor]]
+    | NamedSteps
 )
-"""Outputs, loss and, optionally, the weight of the loss."""
+"""Outputs, loss and, optionally, the weight of the loss. With several optimizers: outputs and
+losses by optimizer, or named steps."""
 
 
 class BatchProcessor(Protocol):
@@ -259,7 +265,7 @@ class BatchProcessor(Protocol):
         ...
 
     def forward(self, model: Any, batch: Any) -> ForwardResult:
-        """Return outputs, loss and, optionally, the weight of the loss."""
+        """Return outputs, loss and, optionally, its weight; or named losses."""
         ...
 
 
@@ -308,6 +314,10 @@ class SimpleBatchProcessor(ABC):
             their number >= 0, or a tensor of one element, which is not read; in every step or in
             none. An update then uses the mean over all micro-batches and processes. A loss of
             weight 0 is ignored and may be NaN, unlike its gradient.
+
+            With several optimizers, return ``(outputs, {"g": loss, "d": loss})``, or define a
+            generator: ``yield "d", loss`` runs the backward pass, and the update at an accumulation
+            boundary, before the code continues; its return value are the outputs.
         """
 
     @staticmethod

@@ -57,6 +57,8 @@ _BACKING_FIELD = {
     "batch_size": "batch",
     "is_padding_step": "_loss_divisor",
     "loss_weight": "_given_loss_weight",
+    "losses": "attached_loss",
+    "optimizer_name": "attached_loss",
     "sample_numbers": "batch",
     "sample_indices": "batch",
 }
@@ -162,8 +164,12 @@ class PipelineRun:
     metrics: MetricsBoard
     agreement: Agreement
     requests: Requests
-    optimizer: torch.optim.Optimizer | None = None
-    lr_scheduler: LRScheduler | None = None
+    optimizers: Mapping[str, torch.optim.Optimizer] = field(default_factory=dict)
+    """Optimizers by name; the only optimizer without a name is under ``""``."""
+    lr_schedulers: Mapping[str, LRScheduler] = field(default_factory=dict)
+    """LR schedulers by the names of their optimizers."""
+    scalers: Mapping[str, Any] = field(default_factory=dict)
+    """Gradient scalers by the names of their optimizers; empty except for fp16."""
     dataloader: Iterable[Any] = ()
     data: TrainingData | None = None
     """Batches of :attr:`dataloader` in their order; None in a run without a trainer."""
@@ -196,6 +202,9 @@ class PipelineRun:
     failures: list[Exception] = field(default_factory=list)
     """Errors of lost outputs; the trainer raises the first error at the end of the run."""
 
+    after_updates: dict[str, Callable[[bool], None]] = field(default_factory=dict)
+    """With several optimizers: function to call after all updates of a step, by hook name; the
+    argument is True if an update was committed."""
     start_checks: list[Callable[[], Any]] = field(default_factory=list)
     """Checks to make before the first step, when the loop has begun for all hooks."""
     locate: Locate = dotted_setting
@@ -208,16 +217,18 @@ class PipelineRun:
     count_samples: Callable[[Any], int] = count_samples
     """Function that counts the samples of a step's batch: the batch processor's method where
     defined, else the number of dataset indices, else by the batch's structure."""
-    updated_parameters: tuple[list[int], list[torch.nn.Parameter]] = field(
-        default_factory=lambda: ([], [])
+    updated_parameters: dict[str, tuple[list[int], list[torch.nn.Parameter]]] = field(
+        default_factory=dict
     )
-    """Ids of the optimizer's parameters, and the parameters in the order of the model; a cache."""
+    """Ids of each optimizer's parameters, and the parameters in the order of the model; a cache."""
     commit_seconds: float = 0.0
     """Total time in evaluations, logging points and saves, in seconds."""
 
     def __post_init__(self) -> None:
         counts: object = self.batch_processor if self.data is None else self.data
         self.count_samples = getattr(counts, "count_samples", self.count_samples)
+        if self.accelerator.scaler is not None and not self.scalers:
+            self.scalers = {"": self.accelerator.scaler}
 
     @classmethod
     def standalone(
@@ -248,9 +259,34 @@ class PipelineRun:
         )
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Optimizer without a name; None without a backward pass and with several optimizers."""
+        return self.optimizers.get("")
+
+    @property
+    def lr_scheduler(self) -> LRScheduler | None:
+        """LR scheduler of :attr:`optimizer`, or None."""
+        return self.lr_schedulers.get("")
+
+    @property
+    def optimizer_names(self) -> list[str]:
+        """Names of the optimizers; empty for one optimizer without a name."""
+        return [name for name in self.optimizers if name]
+
+    @property
     def steps_per_epoch(self) -> int | None:
         """Number of steps in an epoch on this rank; None for data without a length."""
         return count_batches(self.dataloader) if self.data is None else self.data.steps_per_epoch
+
+    def check_optimizer(self, name: str, owner: str, *setting: str | int) -> None:
+        """Raise a ``PipelineConfigError`` if no optimizer has a name from a hook's setting."""
+        known = self.optimizer_names
+        if name not in known:
+            hint = suggest_name(name, known, "optimizers:")
+            if not known:
+                hint = f"the trainer has one optimizer without a name: leave out {setting[0]}"
+            place = self.locate(owner, *setting)
+            raise PipelineConfigError(f"{place}: no optimizer is named {name!r}; {hint}")
 
     def write_file(
         self,
@@ -301,6 +337,18 @@ _FORWARD_ONLY = SimpleBatchProcessor.from_callable(
 )
 
 
+@dataclass(slots=True, eq=False)
+class NamedUpdates:
+    """State of a step with several optimizers."""
+
+    name: str | None = None
+    """Optimizer of the current entry."""
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Detached losses of the step by name."""
+    is_counted: bool = False
+    """True if an update of this step was committed."""
+
+
 @_refuse_assignments
 @dataclass(slots=True, eq=False, repr=False, init=False)
 class PipelineHookArgs:
@@ -309,6 +357,11 @@ class PipelineHookArgs:
     All channels of a step share one object; the loop, each epoch and each evaluation have their
     own. Counters show the value at the time of reading. A field that is valid in some channels
     only has its default in the others; see :meth:`channels_of`.
+
+    With several optimizers, the forward pass, backward pass and update of one loss are an entry:
+    :attr:`optimizer_name`, :attr:`optimizer`, :attr:`lr_scheduler`, :attr:`loss`,
+    :attr:`attached_loss`, :attr:`grad_norm`, :attr:`skip_reason` and :attr:`update_committed` are
+    those of the current entry, and None outside of entries.
 
     Hooks may assign the public fields, and change the contents of the batch and the model's
     weights. Everything else is read-only, see :meth:`is_assignable`: the engine alone assigns the
@@ -344,6 +397,7 @@ class PipelineHookArgs:
     _evaluation: str | None = field(metadata=_valid_in(("on_evaluation",)))
     _exception: BaseException | None
     _batch_size: int | None
+    _named: NamedUpdates | None
 
     def __init__(
         self,
@@ -371,6 +425,7 @@ class PipelineHookArgs:
         self._epoch_completed = epoch_completed
         self._evaluation = evaluation
         self._exception = exception
+        self._named = None
 
     @property
     def run(self) -> PipelineRun:
@@ -470,6 +525,28 @@ class PipelineHookArgs:
         return None if self.attached_loss is None else self.attached_loss.detach()
 
     @property
+    def losses(self) -> Mapping[str, torch.Tensor]:
+        """Losses of this step by optimizer, like :attr:`loss`; empty with one optimizer.
+
+        The last loss of each name, as far as the step has computed it.
+        """
+        return {} if self._named is None else self._named.losses
+
+    @property
+    def optimizer_name(self) -> str | None:
+        """Name of the entry's optimizer; None with one optimizer and outside of entries.
+
+        In a ``before`` of ``on_model_forward`` the name is unknown, and None: the forward pass
+        decides which loss follows.
+        """
+        return None if self._named is None else self._named.name
+
+    def metric_name(self, name: str) -> str:
+        """Return a metric's name with that of the entry's optimizer, such as ``grad_norm/g``."""
+        owner = self.optimizer_name
+        return name if owner is None else f"{name}/{owner}"
+
+    @property
     def progress(self) -> TrainerProgress:
         """All counters."""
         return self._run.progress
@@ -526,18 +603,26 @@ class PipelineHookArgs:
 
     @property
     def model(self) -> torch.nn.Module:
-        """Model as prepared: on its device, wrapped in DDP for several processes."""
+        """Model as prepared: on its device, wrapped in DDP for several processes.
+
+        With several optimizers the model is not wrapped: the trainer averages the gradients.
+        """
         return self._run.model
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """Optimizer that is stepped; None without a backward pass."""
-        return self._run.optimizer
+        return self._run.optimizers.get(self.optimizer_name or "")
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
-        """LR scheduler, or None."""
-        return self._run.lr_scheduler
+        """LR scheduler of the optimizer, or None."""
+        return self._run.lr_schedulers.get(self.optimizer_name or "")
+
+    @property
+    def scaler(self) -> Any:
+        """Gradient scaler of the optimizer, for fp16, or None."""
+        return self._run.scalers.get(self.optimizer_name or "")
 
     @property
     def dataloader(self) -> Any:
@@ -573,6 +658,17 @@ class PipelineHookArgs:
     def requests(self) -> Requests:
         """Requests to the trainer: save, evaluate, log, stop."""
         return self._run.requests
+
+    def begin_entry(self, name: str | None, loss: torch.Tensor | None = None) -> None:
+        """Reset the fields of an entry, for the loss of an optimizer; None ends the entries.
+
+        The trainer calls this in a step with several optimizers.
+        """
+        assert self._named is not None  # set in each step
+        self._named.name = name
+        self.attached_loss = loss
+        self.grad_norm = self.grad_norm_order = self.skip_reason = self._update_committed = None
+        self.gradients_changed = False
 
     def failing(self, error: BaseException | None) -> None:
         """Set :attr:`exception`, and report an error to the other ranks.

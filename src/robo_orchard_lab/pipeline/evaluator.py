@@ -218,8 +218,8 @@ class Evaluator:
     of its modules, its buffers and all RNGs are restored. Random numbers depend on ``seed``.
 
     With several processes, each rank evaluates a share of the batches, without padding or repeats,
-    and gets the values of all ranks: one transfer and one collective at the end. DDP and FSDP2
-    models with buffers need one collective more: all ranks use the first rank's buffers. With
+    and gets the values of all ranks: one transfer and one collective at the end. Models with
+    buffers need one collective more: all ranks use the first rank's buffers. With
     FSDP2, a rank may repeat another rank's batch, which does not count.
 
     Args:
@@ -268,6 +268,7 @@ class Evaluator:
                     "evaluated on ranks with different numbers of batches; save the model and "
                     "evaluate it in one process, or shard it by FSDP2"
                 )
+        self._has_ranks = processes > 1
         self._is_sharded = processes > 1 and is_sharded_model(model)
         if not isinstance(metrics, TorchMetrics):
             metrics = TorchMetrics(metrics, who)
@@ -305,7 +306,7 @@ class Evaluator:
         }
         ddp = ddp_of(self.model)
         unwrapped = self.model if ddp is None else ddp.module
-        shared = unwrapped if ddp is not None or self._is_sharded else None
+        shared = unwrapped if ddp is not None or self._has_ranks else None
         # Without DDP's communication: ranks may have different numbers of batches.
         model = unwrapped if ddp is None else ModuleOfDDP(ddp, runs_hooks=False)
         parts: list[DeferredMetrics] = []

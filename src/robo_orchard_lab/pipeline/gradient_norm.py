@@ -67,7 +67,7 @@ def clip_gradients(
 
 def clip_gradient_values(args: PipelineHookArgs, max_value: float) -> None:
     """Clamp every element of this rank's gradients to [-max_value, max_value]."""
-    unscale_gradients(args.accelerator)
+    unscale_gradients(args)
     parameters = updated_parameters(args)
     gradients = _gradients(parameters)
     if has_sharded(gradients):
@@ -83,22 +83,27 @@ def updated_parameters(args: PipelineHookArgs) -> list[torch.nn.Parameter]:
 
     All parameters of the model in a run without an optimizer.
     """
-    run = args.run
-    if run.optimizer is None:
+    run, optimizer, name = args.run, args.optimizer, args.optimizer_name or ""
+    if optimizer is None:
         return list(run.model.parameters())
-    held = [p for group in run.optimizer.param_groups for p in group["params"]]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
     ids = list(map(id, held))
-    if run.updated_parameters[0] != ids:  # else saves a walk through the model's modules
+    known_ids, parameters = run.updated_parameters.get(name, ([], []))
+    if known_ids != ids:  # else saves a walk through the model's modules
         others = dict(zip(ids, held, strict=True))
         of_model = [p for p in run.model.parameters() if others.pop(id(p), None) is not None]
-        run.updated_parameters = ids, [*of_model, *others.values()]
-    return run.updated_parameters[1]
+        parameters = [*of_model, *others.values()]
+        run.updated_parameters[name] = ids, parameters
+    return parameters
 
 
-def unscale_gradients(accelerator: Accelerator) -> None:
-    """Divide fp16 gradients by the loss scale, once per update."""
+def unscale_gradients(args: PipelineHookArgs) -> None:
+    """Divide the optimizer's fp16 gradients by its loss scale, once per update."""
     try:
-        accelerator.unscale_gradients()
+        if args.optimizer_name is None:
+            args.accelerator.unscale_gradients()
+        elif args.scaler is not None:
+            args.scaler.unscale_(getattr(args.optimizer, "optimizer", args.optimizer))
     except RuntimeError as error:
         if "unscale_() has already been called" not in str(error):
             raise
@@ -115,7 +120,7 @@ def _measure(
     accelerator, gradients = args.accelerator, _gradients(parameters)
     norm: torch.Tensor | None = None
     if _are_supported(accelerator, gradients):
-        unscale_gradients(accelerator)
+        unscale_gradients(args)
         if has_sharded(gradients):
             norm = _sharded_norm(gradients, norm_type)
         else:

@@ -9,7 +9,7 @@ One run opens the channels like this; each is a scope that hooks attach to::
             on_batch
               on_model_forward
               on_model_backward      only if the processor needs backward
-            on_optimizer_step        only at an accumulation boundary
+            on_optimizer_step        only at an accumulation boundary; in on_batch for named steps
           commit point: the step counters have advanced, requests are executed
         commit point: the epoch counter has advanced
       on_evaluation                  around each evaluation
@@ -81,6 +81,9 @@ class TrainerProgress:
     """Number of committed weight updates."""
     skipped_optimizer_steps: int = 0
     """Number of updates that were due and not committed, such as after an fp16 overflow."""
+    optimizer_steps: dict[str, int] = field(default_factory=dict, init=False)
+    """With several optimizers: number of committed updates by name. :attr:`optimizer_step_id` then
+    counts the accumulation boundaries with a committed update."""
     in_step: bool = field(default=False, init=False, compare=False, repr=False)
     """True inside a step; not part of the state, since a run is saved between two steps."""
 
@@ -110,16 +113,27 @@ class TrainerProgress:
         else:
             self.skipped_optimizer_steps += 1
 
+    def finish_named_update(self, name: str, committed: bool, *, is_counted: bool) -> None:
+        """Count an update of one of several optimizers.
+
+        ``is_counted`` states that the accumulation boundary is counted already.
+        """
+        self.optimizer_steps[name] += committed
+        if not (committed and is_counted):
+            self.finish_optimizer_step(committed)
+
     def __str__(self) -> str:
         return (
             f"epoch {self.epoch_id}, step {self.step_id} (global step {self.global_step_id}, "
             f"{self.optimizer_step_id} updates committed, {self.skipped_optimizer_steps} skipped)"
         )
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return all counters by name, and the version of the state."""
         counters = asdict(self)
         del counters["in_step"]
+        if not self.optimizer_steps:
+            del counters["optimizer_steps"]
         return {"version": STATE_VERSION, **counters}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -137,11 +151,19 @@ class TrainerProgress:
                 f"expected the counters {', '.join(sorted(expected))} in the state of the "
                 f"progress, found {', '.join(counters) or 'none'}"
             )
-        for name, value in counters.items():
+        by_name = counters.pop("optimizer_steps", {})
+        if not isinstance(by_name, dict) or by_name.keys() != self.optimizer_steps.keys():
+            raise StateError(
+                "progress.optimizer_steps: expected counts by optimizer for "
+                f"{', '.join(self.optimizer_steps)}, found {by_name!r:.60}"
+            )
+        nested = {f"optimizer_steps.{name}": value for name, value in by_name.items()}
+        for name, value in {**counters, **nested}.items():
             if type(value) is not int or not 0 <= value <= MAX_COUNT:
                 raise StateError(f"progress.{name} must be an int >= 0, found {value!r:.60}")
         for name, value in counters.items():
             setattr(self, name, value)
+        self.optimizer_steps = dict(by_name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,9 +237,11 @@ class EveryOptimizerSteps(_EveryN):
     def due_on(self, channel: ChannelName, role: Role) -> Due:
         def due(args: PipelineHookArgs) -> bool:
             done = args.run.progress.optimizer_step_id
-            if args.run.optimizer is None:
+            if not args.run.optimizers:
                 return False
             if args.update_committed is None:
+                named = args._named
+                done -= named is not None and named.is_counted
                 return args.at_accumulation_boundary and self._is_due(done)
             return args.update_committed and self._is_due(done - 1)
 

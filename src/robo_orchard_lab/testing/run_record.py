@@ -116,21 +116,23 @@ def state_facts(trainer: HookBasedTrainer) -> Facts:
     found: list[tuple[str, Any]] = [
         (f"weights {plain_name(name)}", value) for name, value in model.state_dict().items()
     ]
-    if trainer.optimizer is not None:
-        extra = parameters_beside(trainer.optimizer, parameters)
+    for owner, optimizer in trainer.optimizers.items():
+        extra = parameters_beside(optimizer, parameters)
+        extra = {p: f"{owner}.{name}" if owner else name for p, name in extra.items()}
         found += [(f"weights {name}", parameter) for parameter, name in extra.items()]
         parameters |= extra
     found += [(f"gradients {n}", p.grad) for p, n in parameters.items() if p.grad is not None]
-    if trainer.optimizer is not None:
-        state = named_optimizer_state(trainer.optimizer, parameters)
+    for owner, optimizer in trainer.optimizers.items():
+        state = named_optimizer_state(optimizer, parameters)
+        kind = f"optimizer {owner}".strip()
         for name, values in state["state"].items():
-            found += leaves(values, f"optimizer {name}")
+            found += leaves(values, f"{kind} {name}")
         for index, group in enumerate(state["param_groups"]):
-            found += leaves(group, f"optimizer group {index}")
-    if trainer.lr_scheduler is not None:
-        found += leaves(trainer.lr_scheduler.state_dict(), "lr_scheduler ")
-    if trainer.accelerator.scaler is not None:
-        found += leaves(trainer.accelerator.scaler.state_dict(), "scaler ")
+            found += leaves(group, f"{kind} group {index}")
+    for owner, scheduler in trainer.lr_schedulers.items():
+        found += leaves(scheduler.state_dict(), f"lr_scheduler {owner}")
+    for owner, scaler in trainer.scalers.items():
+        found += leaves(scaler.state_dict(), f"scaler {owner}")
     found += rng_facts().items()
     for name, state in trainer.hooks.state_dict().items():
         found += leaves(state, f"hook {name}")

@@ -161,17 +161,18 @@ def load_named_optimizer_state(
     optimizer: torch.optim.Optimizer,
     names: Mapping[torch.nn.Parameter, str],
     state: Mapping[str, Any],
+    path: str = "optimizer",
 ) -> dict[str, Any]:
     """Convert a named state to an argument of the optimizer's ``load_state_dict``.
 
-    Groups are matched by their parameters, in any order.
+    Groups are matched by their parameters, in any order. Errors name the state by ``path``.
 
     Raises:
         StateError: the groups differ from the saved ones; the message names the parameters.
     """
     by_index = _names_by_index(optimizer, names)
     live = optimizer.state_dict()["param_groups"]
-    _OPTIMIZER.check(state, "optimizer")
+    _OPTIMIZER.check(state, path)
     is_of_torch = type(optimizer).__module__.startswith("torch.optim")
     saved = {frozenset(group["params"]): group for group in state["param_groups"]}
     groups: list[dict[str, Any]] = []
@@ -180,12 +181,12 @@ def load_named_optimizer_state(
         if members not in saved:
             known = {name for names_of_group in saved for name in names_of_group}
             raise StateError(
-                "the optimizer has a parameter group that was not saved: "
+                f"the {path} has a parameter group that was not saved: "
                 f"not saved: {', '.join(sorted(members - known)) or 'none'}; "
                 f"saved in other groups: {', '.join(sorted(members & known)) or 'none'}"
             )
         found = saved.pop(members)
-        where = f"optimizer.param_groups.{len(groups)}"
+        where = f"{path}.param_groups.{len(groups)}"
         # A newer torch may have added options, which are off by default.
         if lost := sorted(name for name in group if group[name] and name not in found):
             raise StateError(f"{where}.{lost[0]}: expected a value, found none")
@@ -198,14 +199,14 @@ def load_named_optimizer_state(
     if saved:
         rest = sorted(name for names_of_group in saved for name in names_of_group)
         raise StateError(
-            f"the optimizer lacks saved parameter groups, with {', '.join(rest) or 'no parameters'}"
+            f"the {path} lacks saved parameter groups, with {', '.join(rest) or 'no parameters'}"
         )
     indices = {name: index for index, name in by_index.items()}
     parameters = dict(zip(indices, _parameters_of(optimizer), strict=True))
     for name, of_one in state["state"].items():
         if name not in indices:
-            raise StateError(f"optimizer.state.{name:.80}: the optimizer has no such parameter")
-        _check_parameter_state(optimizer, parameters[name], of_one, f"optimizer.state.{name}")
+            raise StateError(f"{path}.state.{name:.80}: the optimizer has no such parameter")
+        _check_parameter_state(optimizer, parameters[name], of_one, f"{path}.state.{name}")
     return {
         "state": {indices[name]: value for name, value in state["state"].items()},
         "param_groups": groups,

@@ -61,6 +61,19 @@ def broadcast_object(value: Any, rank: int) -> Any:
     return shared[0]
 
 
+@torch.no_grad()
+def broadcast_tensors(tensors: Sequence[torch.Tensor]) -> None:
+    """Copy tensors of the first rank to all ranks; one broadcast for each device."""
+    groups: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device, []).append(tensor.detach())
+    for group in groups.values():
+        flat = torch.cat([t.contiguous().reshape(-1).view(torch.uint8) for t in group])
+        torch.distributed.broadcast(flat, src=0)  # a collective
+        for tensor, part in zip(group, flat.split([t.nbytes for t in group]), strict=True):
+            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
+
+
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """Gather picklable objects from all ranks, in rank order; a collective.
 

@@ -291,6 +291,9 @@ class EMA(PipelineHooks):
     updates; frozen parameters keep their values. A skipped update changes nothing. Training is bit
     for bit the same without the hook. Other hooks evaluate or save the average by the hook's name.
 
+    With several optimizers, the weights are averaged once for each step with a committed update, or
+    after the updates of one ``optimizer`` only.
+
     - Ranks: all, without a collective. Buffers are those of each rank, and the main process writes
       its own. Of a sharded model (FSDP2), each rank averages its shards.
     - Requests: with ``export_path``, writing the average at the end of the run.
@@ -352,6 +355,10 @@ class EMA(PipelineHooks):
             self._average.load_state_dict(self._loaded)
             self._loaded = None
         args.run.weight_sets[self.name] = self
+        if self.cfg.optimizer is not None:
+            args.run.check_optimizer(self.cfg.optimizer, self.name, "optimizer")
+        elif args.run.optimizer_names:
+            args.run.after_updates[self.name] = self._after_all_updates
         self._is_running = True
         self._has_exported = False
         if self.cfg.export_path is not None:
@@ -362,6 +369,7 @@ class EMA(PipelineHooks):
     def _end(self, args: PipelineHookArgs) -> None:
         self._is_running = False
         args.run.weight_sets.pop(self.name, None)
+        args.run.after_updates.pop(self.name, None)
         if self._stops is not None:
             self._stops.remove()
 
@@ -379,15 +387,22 @@ class EMA(PipelineHooks):
         self._average.add_trainable()
 
     def _after_update(self, args: PipelineHookArgs) -> None:
-        if args.update_committed:
-            assert self._average is not None
-            cfg = self.cfg
-            self._updates += 1
-            if self._updates_in_epoch % cfg.update_every == 0:
-                is_copied = cfg.copy_first and self._averagings == 0
-                self._average.update(0.0 if is_copied else cfg.decay_of(self._updates))
-                self._averagings += self._updates > cfg.update_after_step
-            self._updates_in_epoch += 1
+        if args.update_committed and args.optimizer_name == self.cfg.optimizer:
+            self._add_weights()
+
+    def _after_all_updates(self, committed: bool) -> None:
+        if committed:
+            self._add_weights()
+
+    def _add_weights(self) -> None:
+        assert self._average is not None
+        cfg = self.cfg
+        self._updates += 1
+        if self._updates_in_epoch % cfg.update_every == 0:
+            is_copied = cfg.copy_first and self._averagings == 0
+            self._average.update(0.0 if is_copied else cfg.decay_of(self._updates))
+            self._averagings += self._updates > cfg.update_after_step
+        self._updates_in_epoch += 1
 
     def _end_epoch(self, args: PipelineHookArgs) -> None:
         if args.epoch_completed:
@@ -522,6 +537,11 @@ class EMAConfig(PipelineHooksConfig[EMA]):
         default=None,
         description="dtype of the average; None for the dtype of each parameter, and float32 for "
         "half precision.",
+    )
+    optimizer: str | None = Field(
+        default=None,
+        description="With several optimizers: name of the optimizer whose committed updates count; "
+        "None counts the steps with any committed update.",
     )
     export_path: Annotated[str | None, RunPath()] = Field(
         default=None,

@@ -213,6 +213,8 @@ class ObservedUpdate:
     """Counters at the last step of the window."""
     weighting: LossWeighting | None
     """Weighting of the losses, if they have weights."""
+    optimizer_name: str | None = None
+    """Name of one of several optimizers."""
 
 
 def bad_gradients(args: PipelineHookArgs) -> list[str] | None:
@@ -251,6 +253,8 @@ def describe_problem(
     ``parameters`` are those with non-finite gradients; None if unknown.
     """
     text = str(finding)
+    if update.optimizer_name is not None:
+        text += f" for the optimizer {update.optimizer_name!r}"
     if args.accelerator.num_processes > 1:
         text += f" on rank {args.accelerator.process_index} of {args.accelerator.num_processes}"
         if not finding.bad_losses:

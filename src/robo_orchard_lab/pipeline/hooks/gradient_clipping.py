@@ -21,21 +21,29 @@ class GradientClippingHook(PipelineHooks):
     Two of these hooks clip in turn; the second measures the norm after the first.
 
     - Ranks: all, on the accumulated gradients.
-    - Publishes: ``grad_norm``, the norm before clipping, as a device tensor. Shares the norm with
-      other hooks in ``args.grad_norm``.
+    - Publishes: ``grad_norm``, the norm before clipping, as a device tensor; with several
+      optimizers ``grad_norm/<optimizer>``. Shares the norm with other hooks in ``args.grad_norm``.
     - State: none.
     - Cost: one norm per update, no device sync.
     """
 
-    published_metrics = ("grad_norm",)
+    published_metrics = ("grad_norm", "grad_norm/*")
 
     def __init__(self, cfg: GradientClippingHookConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.on_optimizer_step.before(self._clip)
+        if cfg.optimizers is not None:
+            self.on_loop.before(self._check_names)
+
+    def _check_names(self, args: PipelineHookArgs) -> None:
+        for index, name in enumerate(self.cfg.optimizers or ()):
+            args.run.check_optimizer(name, self.name, "optimizers", index)
 
     def _clip(self, args: PipelineHookArgs) -> None:
         cfg = self.cfg
+        if cfg.optimizers is not None and args.optimizer_name not in cfg.optimizers:
+            return
         if cfg.max_norm is not None:
             norm = clip_gradients(args, cfg.max_norm, cfg.norm_type)
         else:
@@ -43,7 +51,7 @@ class GradientClippingHook(PipelineHooks):
             norm = gradient_norm(args, cfg.norm_type)
             clip_gradient_values(args, cfg.max_value)
         if norm is not None:  # DeepSpeed clips itself and may not report the norm
-            args.metrics.publish("grad_norm", norm)
+            args.metrics.publish(args.metric_name("grad_norm"), norm)
 
 
 class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
@@ -64,6 +72,13 @@ class GradientClippingHookConfig(PipelineHooksConfig[GradientClippingHook]):
     )
     norm_type: float = Field(
         default=2.0, gt=0, description="Order of the norm to publish and to clip by."
+    )
+
+    optimizers: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="With several optimizers, the names of those whose gradients to clip, each by "
+        "its own norm; None clips all.",
     )
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ from robo_orchard_lab.pipeline.hooks.preemption import require_saver
 from robo_orchard_lab.pipeline.model import BufferSnapshot, plain_model, plain_name
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharding import non_finite_weights
-from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Tensors
+from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Tensors, Text
 
 __all__ = ["NonFiniteError", "NonFiniteGuard", "NonFiniteGuardConfig"]
 
@@ -101,12 +101,16 @@ class NonFiniteGuard(PipelineHooks):
     Register the guard before clipping, which spreads a NaN to all gradients, and after hooks that
     consume random numbers before a forward pass, so that a replay is exact.
 
+    With several optimizers, each update is checked by itself, with its own losses and gradients. A
+    skipped update restores all buffers after the last update of the step, to their state before the
+    accumulation window.
+
     - Ranks: all.
     - Publishes: ``guard/skipped``, the number of skipped updates, after each skip;
       ``guard/non_finite`` with ``read="at logging points"``.
     - Requests: with ``then="rollback"``, a rollback. Sets ``args.skip_reason``.
-    - State: the numbers of consecutive skips and of rollbacks, and the updates to leave out; within
-      a window, its losses and the buffers before.
+    - State: the numbers of consecutive skips (with several optimizers by name) and of rollbacks,
+      and the updates to leave out; within a window, its losses and the buffers before.
     - Cost per update: the norm, shared with clipping; with ``read="now"`` one device sync; a copy
       of the buffers if restored or quarantined; with ``quarantine``, memory for the batches.
 
@@ -123,14 +127,14 @@ class NonFiniteGuard(PipelineHooks):
     def __init__(self, cfg: NonFiniteGuardConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.skips_in_a_row = 0
-        """Number of skipped updates since the last committed one."""
+        self._skips: dict[str, int] = {}  # in a row, by optimizer
         self.rollbacks = 0
         """Number of rollbacks of the run."""
         self._left_out: set[int] = set()  # last global steps of the windows to leave out
         self._bad_windows: list[int] = []  # last global steps of the skips in a row
         self._last_committed: int | None = None  # last global step of a window
-        self._losses: list[torch.Tensor] = []  # of the open accumulation window
+        self._losses: dict[str, list[torch.Tensor]] = {}  # of the open window, by optimizer
+        self._is_restore_due = False  # after the step, with several optimizers
         self._scaler_state: dict[str, Any] | None = None
         self._recorder: WindowRecorder | None = None
         if cfg.quarantine is not None:
@@ -159,11 +163,23 @@ class NonFiniteGuard(PipelineHooks):
         if cfg.then == "rollback":  # when all savers have begun the loop
             self.on_epoch.before(lambda args: require_saver(args, self.name, "then='raise'"))
 
+    @property
+    def skips_in_a_row(self) -> int:
+        """Number of skipped updates since the last committed one; the most of any optimizer."""
+        return max(self._skips.values(), default=0)
+
     def _start(self, args: PipelineHookArgs) -> None:
+        if self._recorder is not None and args.run.optimizer_names:
+            raise PipelineConfigError(
+                f"{args.run.locate(self.name, 'quarantine')}: quarantine needs a trainer with one "
+                "optimizer, since a replay can't repeat the updates within a step; leave it out"
+            )
         if self.cfg.policy == "skip" or self.cfg.then == "rollback":
             self._refuse_unsupported_skip(args)
         if self._buffers is not None:
             self._buffers.attach(plain_model(args.run))
+        if args.run.optimizer_names and self._should_restore:
+            args.run.after_updates[self.name] = self._restore_after_step
         args.run.before_saves[self.name] = partial(self._check_previous, args)
         if self.cfg.read == "at logging points":
             self._logging_check.start(args, self.name)
@@ -171,6 +187,7 @@ class NonFiniteGuard(PipelineHooks):
 
     def _end(self, args: PipelineHookArgs) -> None:
         args.run.before_saves.pop(self.name, None)
+        args.run.after_updates.pop(self.name, None)
         if self.cfg.read == "at logging points":
             self._logging_check.end(args)
         if args.exception is None and args.requests.rollback_request is None:
@@ -193,8 +210,8 @@ class NonFiniteGuard(PipelineHooks):
             )
 
     def _before_forward(self, args: PipelineHookArgs) -> None:
-        if self._buffers is not None and not self._losses:  # start of the accumulation window
-            self._buffers.save()
+        if self._buffers is not None and not self._losses and not args.losses:
+            self._buffers.save()  # at the start of the accumulation window
         if self._recorder is not None:
             self._recorder.before_forward(args)
 
@@ -203,7 +220,7 @@ class NonFiniteGuard(PipelineHooks):
         if args.is_padding_step or not isinstance(loss, torch.Tensor):  # refused by the trainer
             return
         detached = loss.detach()
-        self._losses.append(detached)
+        self._losses.setdefault(args.optimizer_name or "", []).append(detached)
         if self._recorder is not None:
             self._recorder.before_backward(args, detached)
         if args.accelerator.num_processes > 1:
@@ -211,7 +228,7 @@ class NonFiniteGuard(PipelineHooks):
 
     def _observe(self, args: PipelineHookArgs) -> ObservedUpdate | None:
         """Return the due update; None if another hook skips it, or without any value to check."""
-        losses, self._losses = self._losses, []
+        losses = self._losses.pop(args.optimizer_name or "", [])
         steps = self._recorder.take() if self._recorder is not None else []
         if args.skip_reason is not None:
             return None
@@ -220,7 +237,14 @@ class NonFiniteGuard(PipelineHooks):
             return None
         order = args.grad_norm_order or 2.0
         return ObservedUpdate(
-            losses, norm, order, args.gradients_changed, steps, args.progress, args.loss_weighting
+            losses,
+            norm,
+            order,
+            args.gradients_changed,
+            steps,
+            args.progress,
+            args.loss_weighting,
+            args.optimizer_name,
         )
 
     def _check_now(self, args: PipelineHookArgs) -> None:
@@ -239,7 +263,7 @@ class NonFiniteGuard(PipelineHooks):
             kept = self._buffers.named() if self._buffers is not None else {}
             folder = self._recorder.write(args, update, finding, parameters or [], kept)
         problem = describe_problem(args, finding, update, parameters)
-        skips, limit = self.skips_in_a_row, cfg.max_skips_in_a_row
+        skips, limit = self._skips.get(args.optimizer_name or "", 0), cfg.max_skips_in_a_row
         if cfg.policy == "raise" or (limit is not None and skips >= limit):
             outcome = "The update was not made: the weights are unchanged."
             if cfg.policy == "skip":
@@ -265,7 +289,8 @@ class NonFiniteGuard(PipelineHooks):
     def _skip(
         self, args: PipelineHookArgs, problem: str, folder: Path | None, has_bad_loss: bool
     ) -> None:
-        self.skips_in_a_row += 1
+        owner = args.optimizer_name or ""
+        self._skips[owner] = count = self._skips.get(owner, 0) + 1
         self._set_skipped(args, problem)
         skipped = args.progress.skipped_optimizer_steps + 1
         args.metrics.publish("guard/skipped", skipped, reduce="max")
@@ -273,15 +298,23 @@ class NonFiniteGuard(PipelineHooks):
             where = f"; the batches are in {folder}" if folder is not None else ""
             logger.warning(
                 "%s skips the update, %d in a row: %s%s",
-                *(self.name, self.skips_in_a_row, problem, where),
+                *(self.name, count, problem, where),
             )
 
     def _set_skipped(self, args: PipelineHookArgs, reason: str) -> None:
         args.skip_reason = reason
         if self._should_restore and self._buffers is not None:
+            if args.optimizer_name is None:
+                self._buffers.restore()
+            else:  # a later backward pass of the step may need the buffers
+                self._is_restore_due = True
+        if args.scaler is not None:
+            self._scaler_state = args.scaler.state_dict()
+
+    def _restore_after_step(self, committed: bool) -> None:
+        if self._is_restore_due and self._buffers is not None:
             self._buffers.restore()
-        if args.accelerator.scaler is not None:
-            self._scaler_state = args.accelerator.scaler.state_dict()
+        self._is_restore_due = False
 
     def _leave_out(self, args: PipelineHookArgs) -> None:
         """Skip the update of a window that led to a rollback; on the step path."""
@@ -328,12 +361,12 @@ class NonFiniteGuard(PipelineHooks):
 
     def _after_update(self, args: PipelineHookArgs) -> None:
         if args.update_committed:
-            if self.skips_in_a_row:
-                self.skips_in_a_row = 0
+            if self._skips:
+                self._skips.pop(args.optimizer_name or "", None)
                 self._bad_windows.clear()
             self._last_committed = args.global_step_id
         if self._scaler_state is not None:  # a NaN loss must not change the loss scale
-            args.accelerator.scaler.load_state_dict(self._scaler_state)
+            args.scaler.load_state_dict(self._scaler_state)
             self._scaler_state = None
 
     def _check_late(self, args: PipelineHookArgs) -> None:
@@ -388,10 +421,10 @@ class NonFiniteGuard(PipelineHooks):
 
     state_schema = StateSchema(
         STATE_VERSION,
-        skips_in_a_row=Count,
+        skips_in_a_row=Count | dict[Text, Count],
         rollbacks=Count,
         left_out=list[Count],
-        losses=list[torch.Tensor],
+        losses=list[torch.Tensor] | dict[Text, list[torch.Tensor]],
         buffers=Tensors | None,
     )
 
@@ -399,26 +432,35 @@ class NonFiniteGuard(PipelineHooks):
         kept = self._buffers.named() if self._losses and self._buffers is not None else None
         return {
             "version": STATE_VERSION,
-            "skips_in_a_row": self.skips_in_a_row,
+            "skips_in_a_row": _by_optimizer(self._skips, 0),
             "rollbacks": self.rollbacks,
             "left_out": sorted(self._left_out),
             # of the open accumulation window:
-            "losses": list(self._losses),
+            "losses": _by_optimizer(self._losses, []),
             "buffers": kept and {name: buffer.clone() for name, buffer in kept.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_state_version(state, STATE_VERSION, self.name)
-        self.skips_in_a_row = state["skips_in_a_row"]
+        skips, losses = state["skips_in_a_row"], state["losses"]
+        self._skips = dict(skips) if isinstance(skips, Mapping) else {"": skips}
         # Of this process after a rollback, of the checkpoint after a resume.
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
         self._left_out |= set(state["left_out"])
         self._bad_windows, self._last_committed, self._unread = [], None, None
         if self._recorder is not None:
             self._recorder.take()
-        self._losses = list(state["losses"])
+        losses = losses if isinstance(losses, Mapping) else {"": losses}
+        self._losses = {name: list(of_one) for name, of_one in losses.items() if of_one}
         if self._buffers is not None and state["buffers"] is not None:
             self._buffers.load(state["buffers"])
+
+
+def _by_optimizer(values: Mapping[str, Any], default: Any) -> Any:
+    """Return a copy of values by optimizer; with one optimizer, its value."""
+    if values.keys() <= {""}:
+        return copy.copy(values.get("", default))
+    return {name: copy.copy(value) for name, value in values.items()}
 
 
 class NonFiniteGuardConfig(PipelineHooksConfig[NonFiniteGuard]):

@@ -1,4 +1,4 @@
-"""OptimizerHook: steps the optimizer and the LR scheduler."""
+"""OptimizerHook: steps the optimizer and the LR scheduler; NamedOptimizersHook: several of them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
-from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.context import NamedUpdates, PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
-from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfigError
 from robo_orchard_lab.pipeline.gradient_norm import unscale_gradients
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, WeightedSum
-from robo_orchard_lab.pipeline.state_schema import StateSchema
+from robo_orchard_lab.pipeline.progress import TrainerProgress
+from robo_orchard_lab.pipeline.state_schema import StateSchema, Text
+
+logger = job_logger(__name__)
 
 LRSchedulerUnit: TypeAlias = Literal["optimizer_step", "epoch"]
 """When the LR scheduler steps: once per committed optimizer step, or once per epoch."""
@@ -54,6 +58,9 @@ class OptimizerHook(PipelineHooks):
     ``after``-hooks of ``on_step`` see the gradients; those of ``on_optimizer_step`` see the new
     weights and ``args.update_committed``. A failed step makes no optimizer step.
 
+    With several optimizers, :class:`NamedOptimizersHook` has one such hook for each, and opens
+    ``on_optimizer_step``.
+
     Args:
         accelerator: decides whether the optimizer can be called without Accelerate's wrapper,
             which costs more than a small model's step (benchmarks/README.md).
@@ -65,6 +72,7 @@ class OptimizerHook(PipelineHooks):
         lr_scheduler_monitor: metric that ``ReduceLROnPlateau`` follows instead of the mean loss,
             such as ``"eval/val/loss"``. The LR scheduler steps with each new value, at the commit
             point that reads the value, on all ranks; NaN and infinities count as no improvement.
+        optimizer_name: name of one of several optimizers.
 
     Raises:
         PipelineConfigError: options contradict each other or the LR scheduler, or the optimizer
@@ -79,8 +87,10 @@ class OptimizerHook(PipelineHooks):
         hooks: PipelineHooks,
         lr_scheduler_every: LRSchedulerUnit | None = None,
         lr_scheduler_monitor: str | None = None,
+        optimizer_name: str = "",
     ) -> None:
-        super().__init__()
+        super().__init__(f"{type(self).__name__}.{optimizer_name}" if optimizer_name else None)
+        self.optimizer_name = optimizer_name
         self.optimizer = _unwrap_optimizer(accelerator, optimizer)
         _refuse_closures(getattr(optimizer, "optimizer", optimizer))
         self.lr_scheduler = (
@@ -106,7 +116,8 @@ class OptimizerHook(PipelineHooks):
         if isinstance(self.lr_scheduler, OneCycleLR):
             self._step_lr = partial(_step_to_the_end, self.lr_scheduler)
         if lr_scheduler_monitor is not None:
-            subscribed = (lr_scheduler_monitor, self._follow, "lr_scheduler")
+            owner = f"lr_scheduler.{optimizer_name}" if optimizer_name else "lr_scheduler"
+            subscribed = (lr_scheduler_monitor, self._follow, owner)
             self.register_for_loop(lambda args: args.metrics.subscribe(*subscribed))
             self._step_lr = None
         elif is_plateau:
@@ -114,8 +125,11 @@ class OptimizerHook(PipelineHooks):
             self._step_lr = self._step_with_mean_loss
         self._after_update = self._step_lr if self.lr_scheduler_every == "optimizer_step" else None
 
-        self.on_step.after(self._optimizer_step)
-        if self._mean_loss is not None:
+        if not optimizer_name:
+            self.on_step.after(self._optimizer_step)
+        if self._mean_loss is not None and optimizer_name:
+            self.on_model_backward.after(self._add_loss)
+        elif self._mean_loss is not None:
             self.on_batch.after(self._add_loss)
         if self._step_lr is not None and self.lr_scheduler_every == "epoch":
             self.on_epoch.after(self._end_epoch)
@@ -147,6 +161,10 @@ class OptimizerHook(PipelineHooks):
 
         self._body = check_and_update
 
+    def make_update(self, args: PipelineHookArgs) -> None:
+        """Open ``on_optimizer_step`` around an update."""
+        self._channel.run(args, self._body)
+
     def _optimizer_step(self, args: PipelineHookArgs) -> None:
         if args._at_accumulation_boundary and args._exception is None:
             self._channel.run(args, self._body)
@@ -162,24 +180,35 @@ class OptimizerHook(PipelineHooks):
         if committed and self._after_update is not None:
             self._after_update()
         self._zero_grad()
-        args._run.progress.finish_optimizer_step(committed)
+        if args._named is None:
+            args._run.progress.finish_optimizer_step(committed)
+        else:
+            self._finish_named(args, args._named, committed)
         args._update_committed = committed
 
     def _skip(self, args: PipelineHookArgs) -> None:
-        scaler = args.accelerator.scaler
-        if scaler is not None:
-            unscale_gradients(args.accelerator)  # scaler.update() needs an unscale before
-            scaler.update()
+        if args.scaler is not None:
+            unscale_gradients(args)  # scaler.update() needs an unscale before
+            args.scaler.update()
         self._zero_grad()
-        args._run.progress.finish_optimizer_step(committed=False)
+        if args._named is None:
+            args._run.progress.finish_optimizer_step(committed=False)
+        else:
+            self._finish_named(args, args._named, committed=False)
         args._update_committed = False
+
+    def _finish_named(self, args: PipelineHookArgs, named: NamedUpdates, committed: bool) -> None:
+        progress, is_counted = args._run.progress, named.is_counted
+        progress.finish_named_update(self.optimizer_name, committed, is_counted=is_counted)
+        named.is_counted = is_counted or committed
 
     def _end_epoch(self, args: PipelineHookArgs) -> None:
         if args.epoch_completed and args.exception is None and self._step_lr is not None:
             self._step_lr()
 
     def _add_loss(self, args: PipelineHookArgs) -> None:
-        if self._mean_loss and args.loss is not None and not args.is_padding_step:
+        is_own = (args.optimizer_name or "") == self.optimizer_name
+        if self._mean_loss and is_own and args.loss is not None and not args.is_padding_step:
             self._mean_loss.add(args.loss, args.loss_weight)
 
     def _step_with_mean_loss(self) -> None:
@@ -218,6 +247,126 @@ class OptimizerHook(PipelineHooks):
             part.load_state_dict(state["mean_loss"], None)
             joined.merge(part)
         return {"mean_loss": joined.state_dict()}
+
+
+class NamedOptimizersHook(PipelineHooks):
+    """Steps several optimizers, each by its own :class:`OptimizerHook`; outermost on ``on_step``.
+
+    The trainer calls :meth:`update` for a named step at an accumulation boundary. All other
+    optimizers with a loss in the window are stepped in the ``after`` of ``on_step``, in the order
+    of their losses.
+
+    Args:
+        hooks: hook of each optimizer.
+        average: averages the gradients of the named optimizers over the ranks: those of a named
+            step, or all that are left at the end of a step. None in one process.
+    """
+
+    def __init__(
+        self,
+        hooks: Sequence[OptimizerHook],
+        average: Callable[[Mapping[str, torch.optim.Optimizer], bool], None] | None,
+    ) -> None:
+        super().__init__()
+        self._hooks = {hook.optimizer_name: hook for hook in hooks}
+        self._average = average
+        self._pending: dict[str, None] = {}  # optimizers with a loss in the open window
+        self._without_loss = dict.fromkeys(self._hooks)  # until the first loss in this process
+        self.on_step.after(self._end_step)
+        self.on_epoch.after(self._warn_of_unused)
+        for hook in hooks:
+            self.register_pipeline_hooks(hook)
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Optimizers by name."""
+        return {name: hook.optimizer for name, hook in self._hooks.items()}
+
+    @property
+    def lr_schedulers(self) -> dict[str, torch.optim.lr_scheduler.LRScheduler]:
+        """LR schedulers by the names of their optimizers."""
+        named = ((name, hook.lr_scheduler) for name, hook in self._hooks.items())
+        return {name: scheduler for name, scheduler in named if scheduler is not None}
+
+    def zero_grad(self) -> None:
+        """Set all gradients to None, and forget the open window."""
+        self._pending.clear()
+        for hook in self._hooks.values():
+            hook.zero_grad()
+
+    def add_loss(self, name: str) -> None:
+        """Record that an optimizer has a loss in the open window."""
+        self._pending[name] = None
+        self._without_loss.pop(name, None)
+
+    def update(self, args: PipelineHookArgs) -> None:
+        """Step the optimizer of the current entry."""
+        assert args.optimizer_name is not None
+        hook = self._hooks[args.optimizer_name]
+        del self._pending[hook.optimizer_name]
+        if self._average is not None:
+            self._average({hook.optimizer_name: hook.optimizer}, False)  # a collective
+        self._make_update(args, hook)
+
+    def _end_step(self, args: PipelineHookArgs) -> None:
+        if not args._at_accumulation_boundary or args._exception is not None:
+            return
+        pending, self._pending = self._pending, {}
+        if self._average is not None:
+            optimizers = {name: self._hooks[name].optimizer for name in pending}
+            self._average(optimizers, True)  # a collective
+        for name in pending:
+            args.begin_entry(name, args.losses.get(name))
+            self._make_update(args, self._hooks[name])
+        args.begin_entry(None)
+        assert args._named is not None  # set in each step
+        for function in tuple(args.run.after_updates.values()):
+            function(args._named.is_counted)
+
+    def check_used(self, progress: TrainerProgress, epochs: int) -> None:
+        """Raise an error if an optimizer had no loss in a number of completed epochs.
+
+        Raises:
+            BatchProcessorError: the message names the optimizers.
+        """
+        unused = [name for name in self._without_loss if not progress.optimizer_steps[name]]
+        if unused and epochs:
+            raise BatchProcessorError(
+                f"expected a loss for each optimizer, found none for {', '.join(unused)} in "
+                f"{epochs} epoch{'s' * (epochs > 1)}; yield {unused[0]!r}, loss from the batch "
+                "processor, or leave the optimizer out"
+            )
+
+    def _warn_of_unused(self, args: PipelineHookArgs) -> None:
+        if args.epoch_completed and args.epoch_id == 0 and args.exception is None:
+            try:
+                self.check_used(args.progress, 1)
+            except BatchProcessorError as problem:  # an error at the end of the run
+                logger.warning("%s", problem)
+
+    def _make_update(self, args: PipelineHookArgs, hook: OptimizerHook) -> None:
+        parameters = trainable_parameters(hook.optimizer)
+        if parameters and all(parameter.grad is None for parameter in parameters):
+            name = hook.optimizer_name
+            raise BatchProcessorError(
+                f"the loss for {name!r} reaches none of its {len(parameters)} parameters: expected "
+                f"a gradient, found None for each; compute the loss with the parameters of "
+                f"optimizer[{name!r}], without detach(), or leave the loss out of this step"
+            )
+        hook.make_update(args)
+
+    state_schema = StateSchema(pending=list[Text])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pending": list(self._pending)}
+
+    def load_state_dict(self, state: Any) -> None:
+        self._pending = dict.fromkeys(name for name in state["pending"] if name in self._hooks)
+
+
+def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """Return the optimizer's parameters that require a gradient."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 def _unwrap_optimizer(

@@ -10,7 +10,7 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -74,8 +74,10 @@ class ProgressBarHook(PipelineHooks):
         if not args.accelerator.is_main_process:
             return
         self._run = args.run
-        self._labels = {_LOSS: "loss"} | {name: name for name in self.cfg.metrics if name != _LOSS}
-        self._loss: torch.Tensor | None = None
+        self._losses: Mapping[str, torch.Tensor] = {}  # of the last step, by metric
+        losses = {f"loss/{name}": f"loss/{name}" for name in args.run.optimizer_names}
+        self._labels = losses or {_LOSS: "loss"}
+        self._labels |= {name: name for name in self.cfg.metrics if name not in self._labels}
         self._values: dict[str, float] = {}
         self._is_logged = False
         self._held: RunStatus | None = None  # of the end of an epoch, until its values are logged
@@ -106,12 +108,15 @@ class ProgressBarHook(PipelineHooks):
             return
         self._samples += args.batch_size
         if not self._is_logged and not args.is_padding_step:
-            self._loss = args.loss
+            loss = args.loss
+            named = {f"loss/{name}": each for name, each in args.losses.items()}
+            self._losses = named if loss is None else {_LOSS: loss}
         now = time.perf_counter()
         if now >= self._next_at:
             progress = replace(args.progress)  # the counters after this step
             progress.finish_step()
-            if args.at_accumulation_boundary:
+            is_counted = args._named is not None and args._named.is_counted
+            if args.at_accumulation_boundary and not is_counted:
                 progress.finish_optimizer_step(committed=True)
             self._read_values()
             self._show(self._status(progress, now))
@@ -175,9 +180,9 @@ class ProgressBarHook(PipelineHooks):
         """Read loss and metrics unless a hook logs; a device sync."""
         if not self._is_logged:
             metrics = self._run.metrics
-            self._values = {} if self._loss is None else {_LOSS: float(self._loss)}
+            self._values = {name: float(loss) for name, loss in self._losses.items()}
             for name in metrics.names():
-                if name != _LOSS and name in self._labels:
+                if name not in self._losses and name in self._labels:
                     self._values[name] = metrics.latest(name)
 
     def _labelled_values(self) -> dict[str, float]:

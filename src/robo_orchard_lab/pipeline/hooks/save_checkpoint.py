@@ -236,7 +236,8 @@ class SaveCheckpoint(PipelineHooks):
         for name, state in of_rank["state"]["hooks"].items():
             _check_state(run, name, {"hooks": {name: state}})
         size = store.measure(run.progress.global_step_id, parts, of_rank)
-        size += _missing_optimizer_bytes(run.optimizer, is_first=store.ranks.index == 0)
+        is_first = store.ranks.index == 0
+        size += sum(_missing_optimizer_bytes(each, is_first) for each in run.optimizers.values())
         free = shutil.disk_usage(store.root).free
         if free < size:
             raise CheckpointError(
@@ -385,14 +386,12 @@ def _check_state(run: PipelineRun, owner: str, state: Any) -> None:
 _TWO_MOMENTS = {"Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adadelta"}
 
 
-def _missing_optimizer_bytes(optimizer: Any, *, is_first: bool) -> int:
+def _missing_optimizer_bytes(optimizer: Any, is_first: bool) -> int:
     """Estimate the state that the first updates will add, in bytes of this rank's files.
 
     Zero for an optimizer of another package.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-    if optimizer is None:
-        return 0
     is_adam = not _TWO_MOMENTS.isdisjoint(cls.__name__ for cls in type(optimizer).__mro__)
     return sum(
         local_tensor(parameter).nbytes * (2 if is_adam else bool(group.get("momentum")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -17,7 +18,7 @@ from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.progress import remaining_steps
-from robo_orchard_lab.pipeline.state_schema import Flag, StateSchema
+from robo_orchard_lab.pipeline.state_schema import Flag, StateSchema, Text
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
 STATE_VERSION = 1
@@ -41,8 +42,9 @@ class StatsMonitor(PipelineHooks):
       - ``perf/eta_s``: seconds to the nearest limit, by the mean time of a step, all included
       - ``perf/memory_mib``: memory of the process, read at most once a second
       - ``perf/device_memory_mib``: peak of tensors on the device; the largest over ranks
-      - ``lr/group<i>``: learning rate of the next update
-      - ``grad_norm``: see the config
+      - ``lr/group<i>``: learning rate of the next update; with several optimizers
+        ``lr/<optimizer>``, or ``lr/<optimizer>/group<i>`` if it has several groups
+      - ``grad_norm``: see the config; with several optimizers ``grad_norm/<optimizer>``
     - Requests: with ``every``, logging points.
     - State: pending norms; times start again.
     - Cost: 2.3 us a step on a CPU, and one gradient norm per logging interval; no device sync.
@@ -67,9 +69,11 @@ class StatsMonitor(PipelineHooks):
     def __init__(self, cfg: StatsMonitorConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self._norm_due = cfg.grad_norm  # publish the norm of the next update
-        self._has_norm = False  # this hook is the publisher of grad_norm
+        # By optimizer: publish the norm of the next update; this hook publishes the norm.
+        self._norm_due: dict[str, bool] = defaultdict(lambda: cfg.grad_norm)
+        self._has_norm: dict[str, bool] = defaultdict(bool)
         self._run: PipelineRun  # set when the loop begins
+        self._optimizers: list[str] = []  # names of several optimizers
         self._begun_at = 0.0
         self._first_step = 0
         self._steps_per_epoch: int | None = None
@@ -90,7 +94,10 @@ class StatsMonitor(PipelineHooks):
     @property
     def published_metrics(self) -> Sequence[str]:  # type: ignore[override]  # read-only here
         times = [f"perf/{name}" for name in _PERF]
-        return [*times, "lr/group*", *(["grad_norm"] if self.cfg.grad_norm else [])]
+        if not self._optimizers:
+            return [*times, "lr/group*", *(["grad_norm"] if self.cfg.grad_norm else [])]
+        norms = [f"grad_norm/{name}" for name in self._optimizers if self.cfg.grad_norm]
+        return [*times, *norms, *(f"lr/{n}{end}" for n in self._optimizers for end in ("", "/*"))]
 
     def _reset_times(self) -> None:
         """Reset the host times, in seconds, since the last logging point."""
@@ -101,6 +108,7 @@ class StatsMonitor(PipelineHooks):
 
     def _begin_loop(self, args: PipelineHookArgs) -> RemovableHandle:
         self._run = args.run
+        self._optimizers = args.run.optimizer_names
         self._first_step = args.global_step_id
         self._steps_per_epoch = args.run.steps_per_epoch
         self._begun_at = perf_counter()
@@ -141,18 +149,20 @@ class StatsMonitor(PipelineHooks):
             self._steps_per_epoch = args.step_id  # exact, also for data without a length
 
     def _begin_update(self, args: PipelineHookArgs) -> None:
-        if self._norm_due:
+        if self._norm_due[args.optimizer_name or ""]:
             gradient_norm(args)  # stored in args.grad_norm
         self._begin_compute(args)
 
     def _end_update(self, args: PipelineHookArgs) -> None:
         self._end_compute(args)
-        if self._norm_due:
-            self._norm_due = self.cfg.grad_norm_every_update
+        owner = args.optimizer_name or ""
+        if self._norm_due[owner]:
+            self._norm_due[owner] = self.cfg.grad_norm_every_update
             # Another hook may publish the mean over all updates.
-            self._has_norm = self._has_norm or "grad_norm" not in args.metrics.names()
-            if self._has_norm and args.grad_norm is not None:
-                args.metrics.publish("grad_norm", args.grad_norm)
+            name = args.metric_name("grad_norm")
+            self._has_norm[owner] |= name not in args.metrics.names()
+            if self._has_norm[owner] and args.grad_norm is not None:
+                args.metrics.publish(name, args.grad_norm)
 
     def _publish(self) -> None:
         board, steps = self._run.metrics, self._steps
@@ -170,10 +180,14 @@ class StatsMonitor(PipelineHooks):
         self._reset_times()
         self._publish_eta(board)
         self._publish_memory(board)
-        groups = self._run.optimizer.param_groups if self._run.optimizer is not None else []
-        for index, group in enumerate(groups):
-            board.publish(f"lr/group{index}", group["lr"], "last")
-        self._norm_due = self.cfg.grad_norm
+        for owner, optimizer in self._run.optimizers.items():
+            groups = optimizer.param_groups
+            for index, group in enumerate(groups):
+                name = f"lr/group{index}"
+                if owner:
+                    name = f"lr/{owner}" if len(groups) == 1 else f"lr/{owner}/group{index}"
+                board.publish(name, group["lr"], "last")
+        self._norm_due.clear()
 
     def _publish_eta(self, board: MetricsBoard) -> None:
         run = self._run
@@ -193,15 +207,26 @@ class StatsMonitor(PipelineHooks):
         if peak is not None:  # not on a CPU
             board.publish("perf/device_memory_mib", peak(device) / _MIB, "max")
 
-    state_schema = StateSchema(STATE_VERSION, norm_due=Flag, has_norm=Flag)
+    state_schema = StateSchema(
+        STATE_VERSION,
+        optional=["optimizers"],
+        norm_due=Flag,
+        has_norm=Flag,
+        optimizers=dict[Text, tuple[Flag, Flag]],
+    )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"version": STATE_VERSION, "norm_due": self._norm_due, "has_norm": self._has_norm}
+        state = {"version": STATE_VERSION, "norm_due": self._norm_due[""]}
+        state["has_norm"] = self._has_norm[""]
+        names = [name for name in {**self._norm_due, **self._has_norm} if name]
+        named = {name: (self._norm_due[name], self._has_norm[name]) for name in names}
+        return {**state, "optimizers": named} if named else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_state_version(state, STATE_VERSION, self.name)
-        self._norm_due = state["norm_due"]
-        self._has_norm = state["has_norm"]
+        flags = {"": (state["norm_due"], state["has_norm"]), **state.get("optimizers", {})}
+        self._norm_due.update((name, due) for name, (due, _) in flags.items())
+        self._has_norm.update((name, has_norm) for name, (_, has_norm) in flags.items())
 
 
 class StatsMonitorConfig(PipelineHooksConfig[StatsMonitor]):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -177,8 +178,8 @@ def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
             "data_order": None if run.data is None else asdict(run.data.order),
             "batch_processor": _kind(run.batch_processor),
             "model": _kind(plain_model(run)),
-            "optimizer": _optimizer(run),
-            "lr_scheduler": None if run.lr_scheduler is None else _kind(run.lr_scheduler),
+            "optimizer": _of_each(run.optimizers, _optimizer),
+            "lr_scheduler": _of_each(run.lr_schedulers, _kind),
             "hooks": {hook.name: hook_configuration(hook) for hook in hooks.named_hooks()},
         },
         "command": shlex.join(sys.orig_argv),
@@ -187,15 +188,19 @@ def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
     }
 
 
-def _optimizer(run: PipelineRun) -> dict[str, Any] | None:
-    if run.optimizer is None:
-        return None
+def _of_each(by_name: Mapping[str, Any], describe: Callable[[Any], Any]) -> Any:
+    """Describe objects by name; one object without a name by itself, and none as None."""
+    described = {name: describe(value) for name, value in by_name.items()}
+    return described.get("") if "" in described or not described else described
+
+
+def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     groups = [
         {name: value for name, value in group.items() if isinstance(value, bool | int | str)}
         | {name: repr(value) for name, value in group.items() if isinstance(value, float | tuple)}
-        for group in run.optimizer.param_groups
+        for group in optimizer.param_groups
     ]
-    inner = getattr(run.optimizer, "optimizer", run.optimizer)
+    inner = getattr(optimizer, "optimizer", optimizer)
     return {"class": _kind(inner), "param_groups": groups}
 
 

@@ -321,7 +321,8 @@ class RunStateFile:
     def _counters(self) -> dict[str, int]:
         counters = self._progress.state_dict()
         del counters["version"]
-        return counters
+        by_name = counters.pop("optimizer_steps", {})
+        return counters | {f"optimizer_steps.{name}": n for name, n in by_name.items()}
 
     def _write(self, state: RunState) -> None:
         try:

@@ -156,5 +156,5 @@ def wrong_result(args: PipelineHookArgs, found: str) -> BatchProcessorError:
     return BatchProcessorError(
         f"{type(args.batch_processor).__name__}.forward must return (outputs, loss), with a "
         "scalar loss if need_backward is True, or (outputs, loss, weight), the same in every step; "
-        f"got {found}"
+        f"got {found}; for losses by name, pass optimizer={{name: ...}} to the trainer"
     )

@@ -197,15 +197,14 @@ def describe_setup(
     model: torch.nn.Module,
     dataloader: Any,
     batch_processor: Any,
-    optimizer: torch.optim.Optimizer | None,
-    lr_scheduler: LRScheduler | None,
+    optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None,
+    lr_scheduler: LRScheduler | Mapping[str, LRScheduler] | None,
     options: Mapping[str, Any],
 ) -> dict[str, str]:
     """Describe the arguments of a trainer for :func:`check_rank_consistency`.
 
     Omits the length of data without an index, which may differ between ranks.
     """
-    scheduler: Any = getattr(lr_scheduler, "scheduler", lr_scheduler)  # of Accelerate's wrapper
     settings = {
         **options,
         "batch_processor": f"{_processor(batch_processor)}, need_backward="
@@ -218,10 +217,8 @@ def describe_setup(
         "versions": _lines({n: v for n, v in versions().items() if n in _SAME_VERSIONS}),
         "settings": _lines(settings),
         "model": "\n".join([_kind(model), *_tensors_of(model)]),
-        "optimizer": "none" if optimizer is None else "\n".join(_optimizer(optimizer, model)),
-        "LR scheduler": f"{_kind(scheduler)}\n{_plain(scheduler.state_dict())}"
-        if lr_scheduler
-        else "none",
+        "optimizer": _of_each(optimizer, lambda each: "\n".join(_optimizer(each, model))),
+        "LR scheduler": _of_each(lr_scheduler, _lr_scheduler),
         "data": "\n".join(_data(dataloader)),
     }
 
@@ -276,6 +273,18 @@ def _optimizer(optimizer: Any, model: torch.nn.Module) -> Iterator[str]:
         yield f"group {index}: {_plain(group)}"
         for parameter in group["params"]:
             yield f"  {names.get(id(parameter), f'not in the model, {_layout(parameter)}')}"
+
+
+def _of_each(given: Any, describe: Callable[[Any], str]) -> str:
+    """Describe an object, or several by name."""
+    if isinstance(given, Mapping):
+        return "\n".join(f"{name}: {describe(each)}" for name, each in given.items())
+    return "none" if given is None else describe(given)
+
+
+def _lr_scheduler(scheduler: Any) -> str:
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # of Accelerate's wrapper
+    return f"{_kind(scheduler)}\n{_plain(scheduler.state_dict())}"
 
 
 def _data(dataloader: Any) -> Iterator[str]:

@@ -34,27 +34,30 @@ from robo_orchard_lab.pipeline.trainer.accumulation import WINDOW_SCHEMA, Accumu
 
 
 def trained_parameters(run: PipelineRun) -> Iterable[torch.nn.Parameter]:
-    """Return all parameters of the model and of the optimizer, faster than `trained_names`."""
-    groups = [] if run.optimizer is None else run.optimizer.param_groups
-    of_optimizer = [parameter for group in groups for parameter in group["params"]]
-    every = chain(run.model.parameters(), of_optimizer)
+    """Return all parameters of the model and of the optimizers, faster than `trained_names`."""
+    groups = [group for each in run.optimizers.values() for group in each.param_groups]
+    of_optimizers = [parameter for group in groups for parameter in group["params"]]
+    every = chain(run.model.parameters(), of_optimizers)
     return {id(parameter): parameter for parameter in every}.values()  # hash() calls Python
 
 
 def trained_names(run: PipelineRun) -> dict[torch.nn.Parameter, str]:
-    """Return the names of all parameters of the model and of the optimizer."""
+    """Return the names of all parameters of the model and of the optimizers."""
     names = {parameter: plain_name(n) for n, parameter in plain_model(run).named_parameters()}
-    return names if run.optimizer is None else {**names, **parameters_beside(run.optimizer, names)}
+    for owner, optimizer in run.optimizers.items():
+        for parameter, name in parameters_beside(optimizer, names).items():
+            names[parameter] = f"{owner}.{name}" if owner else name
+    return names
 
 
 def _extra_parameters(run: PipelineRun) -> dict[str, torch.nn.Parameter]:
-    """Return the optimizer's parameters outside the model, such as of a learned loss, by name."""
+    """Return the optimizers' parameters outside the model, such as of a learned loss, by name."""
     of_model = set(plain_model(run).parameters())
     return {name: p for p, name in trained_names(run).items() if p not in of_model}
 
 
 def adopt_replaced_parameters(run: PipelineRun, before: Mapping[str, torch.nn.Parameter]) -> None:
-    """Put parameters that loading a state has replaced into the optimizer's groups.
+    """Put parameters that loading a state has replaced into the optimizers' groups.
 
     Raises:
         StateError: the new parameters differ in names, shape or dtype, or belong to a DDP model,
@@ -84,8 +87,9 @@ def adopt_replaced_parameters(run: PipelineRun, before: Mapping[str, torch.nn.Pa
         new.data = new.data.to(before[name].device)
         new.requires_grad_(before[name].requires_grad)
     current = {before[name]: new for name, new in replaced.items()}
-    for group in run.optimizer.param_groups if run.optimizer is not None else ():
-        group["params"] = [current.get(parameter, parameter) for parameter in group["params"]]
+    for optimizer in run.optimizers.values():
+        for group in optimizer.param_groups:
+            group["params"] = [current.get(parameter, parameter) for parameter in group["params"]]
 
 
 def check_keys(what: str, found: Mapping[str, Any], expected: set[str]) -> None:

@@ -81,16 +81,21 @@ def _prune(hooks: PipelineHooks, run_folder: Path | None, ranks: Ranks) -> None:
 
 
 def _warn_of_short_lr_scheduler(run: PipelineRun, hooks: PipelineHooks) -> None:
-    """Warn if the LR scheduler of the checkpoint ends before the run."""
-    scheduler, progress, per_epoch = run.lr_scheduler, run.progress, run.steps_per_epoch
+    """Warn if an LR scheduler of the checkpoint ends before the run."""
+    for hook in hooks.all_hooks():
+        if isinstance(hook, OptimizerHook):
+            _warn_if_short(run, hook)
+
+
+def _warn_if_short(run: PipelineRun, hook: OptimizerHook) -> None:
+    scheduler, progress, per_epoch = hook.lr_scheduler, run.progress, run.steps_per_epoch
     total = {OneCycleLR: "total_steps", PolynomialLR: "total_iters"}.get(type(scheduler), "")
     window = run.accelerator.gradient_accumulation_steps
     left = remaining_steps(run.limits, progress, per_epoch, window)
     if scheduler is None or not total or not left or not per_epoch:
         return
-    of_optimizer = (hook for hook in hooks.all_hooks() if isinstance(hook, OptimizerHook))
     epochs, rest = divmod(progress.step_id + left, per_epoch)
-    if next(of_optimizer).lr_scheduler_every == "optimizer_step":
+    if hook.lr_scheduler_every == "optimizer_step":
         epochs *= -(-per_epoch // window)
         epochs += -(-rest // window) - progress.step_id // window
     end, length = scheduler.last_epoch + epochs, getattr(scheduler, total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -11,13 +12,17 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, send_to_device
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
+from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_lab.foreign_fields import foreign_remedy
+from robo_orchard_lab.pipeline.distributed.collectives import broadcast_tensors
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.gradient_norm import REPLICATED_TYPES
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.model import DDPOfCall, ddp_of
 from robo_orchard_lab.pipeline.progress import TrainerLimits
@@ -71,13 +76,17 @@ def check_objects(
     if isinstance(dataloader, type | str) or not is_iterable:
         expected = "a DataLoader or another iterable of batches"
         raise _wrong_type("dataloader", expected, dataloader, "DataLoader(dataset, batch_size=32)")
-    if not isinstance(optimizer, torch.optim.Optimizer | None):
-        remedy = "torch.optim.AdamW(model.parameters())"
-        if isinstance(optimizer, list | tuple | dict):
-            remedy = "one with parameter groups: torch.optim.AdamW([{'params': ...}, ...])"
-        raise _wrong_type("optimizer", "a torch.optim.Optimizer", optimizer, remedy)
-    if lr_scheduler is not None:
-        _check_lr_scheduler(lr_scheduler, optimizer)
+    if isinstance(optimizer, Mapping):
+        _check_named(model, optimizer, lr_scheduler)
+    elif isinstance(lr_scheduler, Mapping):
+        raise PipelineConfigError(
+            "lr_scheduler: expected one LR scheduler for one optimizer, found a mapping; pass "
+            "optimizer={name: ...} with the same names, or the LR scheduler itself"
+        )
+    else:
+        _check_optimizer("optimizer", optimizer)
+        if lr_scheduler is not None:
+            _check_lr_scheduler("lr_scheduler", lr_scheduler, optimizer)
     fits = all(hasattr(batch_processor, name) for name in ("forward", "need_backward"))
     if not fits or isinstance(batch_processor, type):
         raise PipelineConfigError(
@@ -97,20 +106,81 @@ def check_objects(
         )
 
 
-def _check_lr_scheduler(lr_scheduler: Any, optimizer: torch.optim.Optimizer | None) -> None:
+def _check_optimizer(argument: str, optimizer: Any) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer | None):
+        remedy = "torch.optim.AdamW(model.parameters())"
+        if isinstance(optimizer, list | tuple):
+            remedy = (
+                "one with parameter groups, torch.optim.AdamW([{'params': ...}, ...]), or a "
+                "mapping of names to optimizers"
+            )
+        raise _wrong_type(argument, "a torch.optim.Optimizer", optimizer, remedy)
+
+
+def _check_named(model: torch.nn.Module, optimizers: Mapping[Any, Any], lr_schedulers: Any) -> None:
+    """Check several optimizers, and their LR schedulers, by name."""
+    if not optimizers:
+        raise PipelineConfigError(
+            "optimizer: expected optimizers by name, found an empty mapping; pass "
+            "{'g': torch.optim.Adam(model.g.parameters()), ...}, or one optimizer"
+        )
+    owners: dict[torch.nn.Parameter, str] = {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for name, optimizer in optimizers.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise PipelineConfigError(
+                f"optimizer: expected names that are identifiers, such as 'g', found {name!r:.60}"
+            )
+        if optimizer is None:
+            raise _wrong_type(f"optimizer[{name!r}]", "a torch.optim.Optimizer", None, "one")
+        _check_optimizer(f"optimizer[{name!r}]", optimizer)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if owners.setdefault(parameter, name) != name:
+                    raise PipelineConfigError(
+                        f"optimizer: expected each parameter in one optimizer, found "
+                        f"{names.get(parameter, 'a parameter outside the model')} in "
+                        f"{owners[parameter]!r} and {name!r}; remove it from one of them"
+                    )
+    free = [n for p, n in names.items() if p.requires_grad and p not in owners]
+    if free:
+        raise PipelineConfigError(
+            f"optimizer: expected each trainable parameter in one of {', '.join(optimizers)}, "
+            f"found none for {', '.join(free[:3])}{', ...' if len(free) > 3 else ''} ({len(free)} "
+            "parameters); add them to an optimizer, or call requires_grad_(False) on them"
+        )
+    if lr_schedulers is None:
+        return
+    if not isinstance(lr_schedulers, Mapping):
+        raise PipelineConfigError(
+            "lr_scheduler: expected a mapping of names to LR schedulers, as optimizer is one, "
+            f"found {type(lr_schedulers).__name__}; pass {{{next(iter(optimizers))!r}: ...}}"
+        )
+    for name, lr_scheduler in lr_schedulers.items():
+        if name not in optimizers:
+            hint = suggest_name(str(name), list(optimizers), "optimizers:")
+            raise PipelineConfigError(
+                f"lr_scheduler: expected names of optimizers, found {name!r:.60}; {hint}"
+            )
+        _check_lr_scheduler(f"lr_scheduler[{name!r}]", lr_scheduler, optimizers[name])
+
+
+def _check_lr_scheduler(
+    argument: str, lr_scheduler: Any, optimizer: torch.optim.Optimizer | None
+) -> None:
     is_scheduler = all(callable(getattr(lr_scheduler, name, None)) for name in ("step", "get_lr"))
     is_scheduler |= isinstance(lr_scheduler, LRScheduler | AcceleratedScheduler)
     if isinstance(lr_scheduler, type) or not is_scheduler:
         expected = "a torch.optim.lr_scheduler.LRScheduler"
         remedy = "torch.optim.lr_scheduler.StepLR(optimizer, 1000)"
-        raise _wrong_type("lr_scheduler", expected, lr_scheduler, remedy)
+        raise _wrong_type(argument, expected, lr_scheduler, remedy)
     inner = getattr(lr_scheduler, "scheduler", lr_scheduler)  # of Accelerate's wrapper
     owner = getattr(inner, "optimizer", None)
     if owner is None or optimizer is None:
         return
     if getattr(owner, "optimizer", owner) is not getattr(optimizer, "optimizer", optimizer):
         raise PipelineConfigError(
-            f"lr_scheduler: expected an LR scheduler of the trainer's optimizer, found "
+            f"{argument}: expected an LR scheduler of the trainer's optimizer, found "
             f"{type(inner).__name__} of another {type(owner).__name__}; create it with the "
             f"optimizer that the trainer receives, {type(inner).__name__}(optimizer, ...)"
         )
@@ -160,6 +230,51 @@ def prepare_objects(
     if ddp is not None and accelerator.num_processes > 2:  # a sum of two rounds the same anyway
         settle_buckets(ddp)
     return model, optimizer, lr_scheduler
+
+
+def prepare_named(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+) -> tuple[torch.nn.Module, dict[str, torch.optim.Optimizer], dict[str, Any]]:
+    """Prepare a model and several optimizers; return also a gradient scaler for each with fp16.
+
+    The model is not wrapped in DDP: an update reduces the gradients of its own optimizer only.
+    With several ranks, all start with the parameters and buffers of the first one; a collective.
+
+    Raises:
+        PipelineConfigError: the model is in DDP, or it is sharded, or an engine owns the optimizer.
+    """
+    _check_world_size(accelerator)
+    kind = accelerator.distributed_type
+    if kind not in REPLICATED_TYPES or is_sharded_model(model):
+        found = kind.value if kind not in REPLICATED_TYPES else "a model sharded by fully_shard"
+        raise PipelineConfigError(
+            f"several optimizers need a replicated model on plain processes, found {found}; use "
+            "one optimizer with parameter groups, or do not shard the model"
+        )
+    if ddp_of(model) is not None:
+        raise PipelineConfigError(
+            "several optimizers need a model without DDP, since the trainer averages the "
+            "gradients of each optimizer; pass the plain model, without accelerator.prepare()"
+        )
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    scalers = {}
+    if accelerator.scaler is not None:
+        scalers = {name: copy.deepcopy(accelerator.scaler) for name in optimizers}
+    prepared: dict[str, torch.optim.Optimizer] = {
+        name: AcceleratedOptimizer(
+            getattr(optimizer, "optimizer", optimizer),
+            device_placement=accelerator.device_placement,
+            scaler=scalers.get(name),
+        )
+        for name, optimizer in optimizers.items()
+    }
+    if accelerator.num_processes > 1:
+        held = [p for o in prepared.values() for group in o.param_groups for p in group["params"]]
+        tensors = {id(t): t for t in (*model.parameters(), *model.buffers(), *held)}
+        broadcast_tensors(list(tensors.values()))
+    return model, prepared, scalers
 
 
 def engine_backward(accelerator: Accelerator) -> Callable[[torch.Tensor], Any] | None:

@@ -158,6 +158,9 @@ class RunSnapshots:
         with _in_file(saved, "trainer.json"):
             trainer = _checked_trainer_state(parts)
             self._check_compatible(saved, trainer)
+            progress = TrainerProgress()
+            progress.optimizer_steps = dict.fromkeys(run.optimizer_names, 0)
+            progress.load_state_dict(trainer["progress"])
             _check_similar_states(run, trainer)
         with _in_file(saved, str(of_rank)):
             own = checked_rank_state(saved.rank_parts)
@@ -174,11 +177,12 @@ class RunSnapshots:
                 {entries.get(n, n): value for n, value in found.items()},
             )
         with _in_file(saved, "optimizer.json"):
-            optimizer_state = (
-                load_named_optimizer_state(run.optimizer, trained_names(run), parts["optimizer"])
-                if run.optimizer
-                else None
-            )
+            names = trained_names(run)
+            optimizer_states = {
+                name: load_named_optimizer_state(optimizer, names, of_one, _path(name))
+                for name, optimizer in run.optimizers.items()
+                for of_one in [_of_name(parts["optimizer"], name)]
+            }
         with _in_file(saved, str(of_rank)):
             self.rank_states.check(own, trainer["data"])
 
@@ -189,13 +193,11 @@ class RunSnapshots:
             weights = {entries[name]: value for name, value in found.items()}
             _load_into(model, "model", weights, undo)
             adopt_replaced_parameters(run, before)
-            for live, name, state in (
-                (run.optimizer, "optimizer", optimizer_state),
-                (run.lr_scheduler, "lr_scheduler", trainer["lr_scheduler"]),
-                (run.accelerator.scaler, "scaler", trainer["scaler"]),
-            ):
-                if live is not None:
-                    _load_into(live, name, state, undo)
+            for name, optimizer in run.optimizers.items():
+                _load_into(optimizer, _path(name), optimizer_states[name], undo)
+            for kind, live_by_name in _stateful(run).items():
+                for name, live in live_by_name.items():
+                    _load_into(live, _path(name, kind), _of_name(trainer[kind], name), undo)
             self.rank_states.load(own, trainer["data"])
             undo.pop_all()
 
@@ -210,10 +212,10 @@ class RunSnapshots:
     def _check_compatible(self, saved: SavedState, trainer: Mapping[str, Any]) -> None:
         """Check parts, ranks, and the classes of optimizer, LR scheduler and scaler."""
         run, parts = self._run, saved.parts
-        if not isinstance(parts.get("model"), Mapping) or ("optimizer" in parts) != (
-            run.optimizer is not None
+        if not isinstance(parts.get("model"), Mapping) or ("optimizer" in parts) != bool(
+            run.optimizers
         ):
-            optimizer = "an" if run.optimizer else "no"
+            optimizer = "an" if run.optimizers else "no"
             raise StateError(
                 f"the saved parts are {', '.join(sorted(parts))}; this run has a model and "
                 f"{optimizer} optimizer"
@@ -223,8 +225,10 @@ class RunSnapshots:
                 f"expected the states of {trainer['processes']} ranks, found {saved.info.ranks}; "
                 "call save_checkpoint on all ranks"
             )
-        for part, live in _types_of(run).items():
-            if (type_then := trainer["types"].get(part)) != live:
+        types, live_types = trainer["types"], _types_of(run)
+        for part in {**live_types, **types}:
+            live, type_then = live_types.get(part), types.get(part)
+            if type_then != live:
                 raise StateError(
                     f"expected the {part} of the saved run, {type_then or 'none'}; "
                     f"found {live or 'none'}"
@@ -233,8 +237,7 @@ class RunSnapshots:
     def _parts(self) -> dict[str, Any]:
         """Return the state shared by all ranks, by file."""
         run = self._run
-        weights = plain_weights(run)
-        scaler = run.accelerator.scaler
+        weights, names = plain_weights(run), trained_names(run)
         parts: dict[str, Any] = {
             "model": weights,
             "trainer": {
@@ -243,14 +246,17 @@ class RunSnapshots:
                 "progress": run.progress.state_dict(),
                 "model_extra": {n: v for n, v in plain_state(run).items() if n not in weights},
                 "window": self._window,
-                "lr_scheduler": run.lr_scheduler.state_dict() if run.lr_scheduler else None,
-                "scaler": scaler.state_dict() if scaler else None,
+                **{
+                    kind: _joined({name: each.state_dict() for name, each in live.items()})
+                    for kind, live in _stateful(run).items()
+                },
                 "types": _types_of(run),
                 "data": self._data.state_dict(),
             },
         }
-        if run.optimizer is not None:
-            parts["optimizer"] = named_optimizer_state(run.optimizer, trained_names(run))
+        if run.optimizers:
+            states = {n: named_optimizer_state(each, names) for n, each in run.optimizers.items()}
+            parts["optimizer"] = _joined(states)
         return parts
 
 
@@ -260,14 +266,31 @@ def ranks_of(run: PipelineRun) -> Ranks:
     return Ranks.of_job(in_background=False) if several else Ranks.alone()
 
 
+def _stateful(run: PipelineRun) -> dict[str, Mapping[str, Any]]:
+    """Return LR schedulers and scalers by the names of their optimizers."""
+    return {"lr_scheduler": run.lr_schedulers, "scaler": run.scalers}
+
+
+def _joined(states: Mapping[str, Any]) -> Any:
+    """Return the saved form of states by optimizer; of one without a name, the state itself."""
+    return states.get("", None) if "" in states or not states else dict(states)
+
+
+def _of_name(saved: Any, name: str) -> Any:
+    """Return the state of an optimizer from the saved form; None if missing."""
+    return saved.get(name) if name and isinstance(saved, Mapping) else saved
+
+
+def _path(name: str, kind: str = "optimizer") -> str:
+    return f"{kind}.{name}" if name else kind
+
+
 def _types_of(run: PipelineRun) -> dict[str, str | None]:
-    """Return the class names of optimizer, LR scheduler and scaler."""
-    parts = {
-        "optimizer": run.optimizer,
-        "lr_scheduler": run.lr_scheduler,
-        "scaler": run.accelerator.scaler,
-    }
-    return {name: None if part is None else type(part).__qualname__ for name, part in parts.items()}
+    """Return the class names of optimizers, LR schedulers and scalers."""
+    found: dict[str, str | None] = dict.fromkeys(("optimizer", "lr_scheduler", "scaler"))
+    for kind, by_name in {"optimizer": run.optimizers, **_stateful(run)}.items():
+        found |= {_path(name, kind): type(each).__qualname__ for name, each in by_name.items()}
+    return found
 
 
 def _checked_trainer_state(parts: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -280,7 +303,6 @@ def _checked_trainer_state(parts: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     check_keys("the trainer's state", trainer, {*_SCHEMA.names})
     _SCHEMA.check(trainer, "trainer")
-    TrainerProgress().load_state_dict(trainer["progress"])
     return trainer
 
 
@@ -297,25 +319,32 @@ def _in_file(saved: SavedState, name: str) -> Iterator[None]:
 
 def _check_similar_states(run: PipelineRun, trainer: Mapping[str, Any]) -> None:
     """Compare the saved states of LR scheduler and scaler with the live ones."""
-    for name, live in (("lr_scheduler", run.lr_scheduler), ("scaler", run.accelerator.scaler)):
-        saved = trainer[name]
+    found = [
+        (_path(name, kind), name, live, _of_name(trainer[kind], name))
+        for kind, by_name in _stateful(run).items()
+        for name, live in (by_name or {"": None}).items()
+    ]
+    for path, name, live, saved in found:
         if (live is None) != (saved is None):
-            raise StateError(f"{name}: expected {'no state' if live is None else 'a state'}")
+            raise StateError(f"{path}: expected {'no state' if live is None else 'a state'}")
         if live is None:
             continue
+        if not isinstance(saved, Mapping):
+            raise StateError(f"{path}: expected a mapping, found {type(saved).__name__}")
         own = live.state_dict()
         is_of_torch = type(live).__module__.startswith("torch.")
-        check_similar(own, saved, name, strict=is_of_torch)
+        check_similar(own, saved, path, strict=is_of_torch)
         # Releases of torch differ in private entries.
         if lost := sorted(key for key in own if key not in saved and not key.startswith("_")):
-            raise StateError(f"{name}.{lost[0]}: expected a value, found none")
+            raise StateError(f"{path}.{lost[0]}: expected a value, found none")
         for key in saved:
             if key == "optimizer" or (key not in own and callable(getattr(live, key, None))):
-                raise StateError(f"{name}.{key}: expected no such entry")
-        groups = 0 if run.optimizer is None else len(run.optimizer.param_groups)
+                raise StateError(f"{path}.{key}: expected no such entry")
+        optimizer = run.optimizers.get(name)
+        groups = 0 if optimizer is None else len(optimizer.param_groups)
         for key in ("base_lrs", "_last_lr"):
             if key in own and len(own[key]) == groups != len(saved.get(key, own[key])):
-                raise StateError(f"{name}.{key}: expected {groups} values")
+                raise StateError(f"{path}.{key}: expected {groups} values")
 
 
 def _load_into(live: Any, name: str, state: Any, undo: ExitStack) -> None:

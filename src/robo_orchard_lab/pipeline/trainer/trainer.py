@@ -30,7 +30,11 @@ from robo_orchard_lab.pipeline.errors import (
     RunPreempted,
 )
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_unique_names
-from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit, OptimizerHook
+from robo_orchard_lab.pipeline.hooks.optimizer import (
+    LRSchedulerUnit,
+    NamedOptimizersHook,
+    OptimizerHook,
+)
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import forward_in_context
@@ -43,6 +47,7 @@ from robo_orchard_lab.pipeline.trainer import setup
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, padding_step
 from robo_orchard_lab.pipeline.trainer.commit import CommitPoint, check_metric_names
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights, wrong_result
+from robo_orchard_lab.pipeline.trainer.named_losses import NamedLosses, make_named_updates
 from robo_orchard_lab.pipeline.trainer.rank_consistency import (
     ReplicaCheck,
     check_rank_consistency,
@@ -95,6 +100,10 @@ class HookBasedTrainer:
     If the processor returns ``(outputs, loss, weight)``, the optimizer step uses the mean over
     these weights instead.
 
+    With ``optimizer={"g": ..., "d": ...}``, the batch processor names its losses: it yields
+    ``"d", loss`` from a generator, or returns ``(outputs, {"d": loss, ...})``; see
+    :class:`NamedLosses`. Each loss drives its own optimizer only.
+
     A model in evaluation mode is put in training mode at the start. A model in training mode keeps
     the modes of its submodules.
 
@@ -106,16 +115,20 @@ class HookBasedTrainer:
             the order of ``data_order``.
         batch_processor: computes outputs and loss of a batch.
         optimizer: required if the processor needs a backward pass. ``fused=True`` uses one kernel
-            for an optimizer step, also for a sharded model.
-        lr_scheduler: steps once per committed optimizer step, at any world size.
+            for an optimizer step, also for a sharded model. A mapping has several optimizers by
+            name; each trainable parameter then belongs to exactly one of them.
+        lr_scheduler: steps once per committed optimizer step, at any world size. With several
+            optimizers, a mapping by their names.
         hooks: bundles of hooks and configurations of bundles, in any mixture, or a mapping that
             names them; the first is the outermost. None uses ``hooks.default_hooks()``, which show
             the progress and log the losses; ``[]`` uses no hook.
         max_step: stop after this many steps.
         max_optimizer_step: stop after this many committed optimizer steps.
         max_epoch: stop after this many epochs.
-        lr_scheduler_every: when the LR scheduler steps, see :class:`OptimizerHook`.
-        lr_scheduler_monitor: metric that ``ReduceLROnPlateau`` follows instead of the mean loss.
+        lr_scheduler_every: when the LR scheduler steps, see :class:`OptimizerHook`; or a mapping
+            by the names of several optimizers.
+        lr_scheduler_monitor: metric that ``ReduceLROnPlateau`` follows instead of the mean loss;
+            or a mapping by name.
         run_folder: directory for the files of hooks without a path of their own; created on
             demand.
         resume_from: directory of a checkpoint, or ``"auto"`` for the newest intact checkpoint of
@@ -134,8 +147,9 @@ class HookBasedTrainer:
         locate: returns the place of a setting in an experiment's file, for messages.
 
     Raises:
-        PipelineConfigError: no limit, an argument of the wrong type, a missing optimizer, an LR
-            scheduler of another optimizer, ``lr_scheduler_every`` without an LR scheduler, several
+        PipelineConfigError: no limit, an argument of the wrong type, a missing optimizer, a
+            parameter of several optimizers or of none of several, an LR scheduler of another
+            optimizer, ``lr_scheduler_every`` without an LR scheduler, several
             launched processes without a process group, or ranks with different settings; the
             message shows the difference.
         HookRegistrationError: two hooks with one name, or an object that is not a hook.
@@ -154,15 +168,15 @@ class HookBasedTrainer:
         model: torch.nn.Module,
         dataloader: Iterable[Any],
         batch_processor: BatchProcessor,
-        optimizer: torch.optim.Optimizer | None = None,
-        lr_scheduler: LRScheduler | None = None,
+        optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None = None,
+        lr_scheduler: LRScheduler | Mapping[str, LRScheduler] | None = None,
         hooks: HookLike | Iterable[HookLike] | Mapping[str, HookLike] | None = None,
         *,
         max_step: int | None = None,
         max_optimizer_step: int | None = None,
         max_epoch: int | None = None,
-        lr_scheduler_every: LRSchedulerUnit | None = None,
-        lr_scheduler_monitor: str | None = None,
+        lr_scheduler_every: LRSchedulerUnit | Mapping[str, LRSchedulerUnit] | None = None,
+        lr_scheduler_monitor: str | Mapping[str, str] | None = None,
         run_folder: str | os.PathLike[str] | None = None,
         resume_from: str | os.PathLike[str] | None = None,
         data_order: DataOrder | None = None,
@@ -178,8 +192,6 @@ class HookBasedTrainer:
         self.model = model
         self.dataloader = dataloader
         self.batch_processor = batch_processor
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
         self.progress = TrainerProgress()
         rank, world_size = accelerator.process_index, accelerator.num_processes
         self._agreement = Agreement(rank, world_size, agree_every)
@@ -189,7 +201,7 @@ class HookBasedTrainer:
         self._stall_clock: StallClock | None = None
         if stall_timeout_s is not None:
             self._stall_clock = StallClock(stall_timeout_s, self.progress, run_folder, rank)
-        self._optimizer_hook: OptimizerHook | None = None
+        self._optimizer_hook: OptimizerHook | NamedOptimizersHook | None = None
         self._last_loss: torch.Tensor | None = None
         self._fitting = FittingBatch()
         self._is_open = self._resumed = False
@@ -202,13 +214,16 @@ class HookBasedTrainer:
             "data_order": data_order,
             "agree_every": agree_every,
         }
-        self._set_up(hooks, default_hooks, options)
+        self._set_up(optimizer, lr_scheduler, hooks, default_hooks, options)
+        self.scalers = self._run.scalers
         self._locate = locate
         if locate is not None:
             self._run.locate = locate
 
     def _set_up(
         self,
+        optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None,
+        lr_scheduler: LRScheduler | Mapping[str, LRScheduler] | None,
         hooks: HookLike | Iterable[HookLike] | Mapping[str, HookLike] | None,
         default_hooks: bool,
         options: Mapping[str, Any],
@@ -220,13 +235,38 @@ class HookBasedTrainer:
         accelerator, world_size = self.accelerator, self.accelerator.num_processes
         if world_size > 1:  # before the first collective that relies on equal settings
             objects = self.model, self.dataloader, self.batch_processor
-            updates = self.optimizer, self.lr_scheduler
+            updates = optimizer, lr_scheduler
             check_rank_consistency(describe_setup(accelerator, *objects, *updates, options))
 
-        self.model, optimizer, lr_scheduler = setup.prepare_objects(
-            accelerator, self.model, self.optimizer, self.lr_scheduler
-        )
-        self.optimizer = self.lr_scheduler = None
+        scalers: Mapping[str, Any] = {}
+        if isinstance(optimizer, Mapping):
+            self.model, prepared, scalers = setup.prepare_named(accelerator, self.model, optimizer)
+            self._optimizer_hook = make_named_updates(
+                accelerator, prepared, lr_scheduler or {}, self.hooks, options
+            )
+            self.optimizers = self._optimizer_hook.optimizers
+            self.lr_schedulers = self._optimizer_hook.lr_schedulers
+            self.progress.optimizer_steps = dict.fromkeys(optimizer, 0)
+        else:
+            assert not isinstance(lr_scheduler, Mapping)  # checked above
+            self.model, optimizer, lr_scheduler = setup.prepare_objects(
+                accelerator, self.model, optimizer, lr_scheduler
+            )
+            self.optimizers, self.lr_schedulers = {}, {}
+            if self.batch_processor.need_backward and optimizer is not None:
+                self._optimizer_hook = OptimizerHook(
+                    accelerator,
+                    optimizer,
+                    lr_scheduler,
+                    self.hooks,
+                    options["lr_scheduler_every"],
+                    options["lr_scheduler_monitor"],
+                )
+                self.optimizers = {"": self._optimizer_hook.optimizer}
+                if self._optimizer_hook.lr_scheduler is not None:
+                    self.lr_schedulers = {"": self._optimizer_hook.lr_scheduler}
+        if self._optimizer_hook is not None:
+            self.hooks += self._optimizer_hook
         self._processor, self._processed_model = forward_in_context(
             self.batch_processor, self.model, accelerator
         )
@@ -237,18 +277,6 @@ class HookBasedTrainer:
         self._engine_divides = accelerator.distributed_type in setup.ENGINES
         self._synchronising = accelerator.sync_gradients = True
 
-        if self.batch_processor.need_backward and optimizer is not None:
-            self._optimizer_hook = OptimizerHook(
-                accelerator,
-                optimizer,
-                lr_scheduler,
-                self.hooks,
-                options["lr_scheduler_every"],
-                options["lr_scheduler_monitor"],
-            )
-            self.optimizer = self._optimizer_hook.optimizer
-            self.lr_scheduler = self._optimizer_hook.lr_scheduler
-            self.hooks += self._optimizer_hook
         if hooks is None and default_hooks:
             from robo_orchard_lab.pipeline import hooks as built_in  # imports three more modules
 
@@ -272,8 +300,9 @@ class HookBasedTrainer:
             metrics=self.metrics,
             agreement=self._agreement,
             requests=self.requests,
-            optimizer=self.optimizer,
-            lr_scheduler=self.lr_scheduler,
+            optimizers=self.optimizers,
+            lr_schedulers=self.lr_schedulers,
+            scalers=scalers,
             dataloader=self.dataloader,
             data=self._data,
             folder=None if run_folder is None else Path(run_folder),
@@ -292,7 +321,10 @@ class HookBasedTrainer:
         self._snapshots = RunSnapshots(
             self._run, self.hooks, self._data, self._windows, self._replicas.check_weights
         )
-        if self._optimizer_hook is not None:
+        self._batch_body = self._batch
+        if isinstance(self._optimizer_hook, NamedOptimizersHook):
+            self._batch_body = NamedLosses(self._run, self.hooks, self._optimizer_hook).run_batch
+        elif self._optimizer_hook is not None:
             self._optimizer_hook.before_first_update(self._replicas.check_gradients)
         self._run.take_snapshot = self._snapshots.take
         self._run.should_defer_saves = self._has_unreduced_gradients
@@ -312,6 +344,19 @@ class HookBasedTrainer:
             with self._run.state_file.around_resume(), fail_together(self._stall_clock):
                 self._check_hooks_consistent()
                 self._resumed = resume(self._run, self.hooks, self._snapshots, resume_from)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Optimizer as it is stepped; None without a backward pass, and with several optimizers.
+
+        ``trainer.optimizers`` has several optimizers by name.
+        """
+        return self.optimizers.get("")
+
+    @property
+    def lr_scheduler(self) -> LRScheduler | None:
+        """LR scheduler of :attr:`optimizer`, or None; see ``trainer.lr_schedulers``."""
+        return self.lr_schedulers.get("")
 
     @property
     def hooks(self) -> PipelineHooks:
@@ -372,6 +417,8 @@ class HookBasedTrainer:
             StateError: before the first step, a ``SaveCheckpoint`` can't save a state.
             CheckpointError: before the first step, there is no room for a checkpoint.
             RunPreempted: at the end, if the request to stop had an exit code.
+            BatchProcessorError: in a step, losses of the wrong type, or for an unknown optimizer;
+                or at the end, no loss for one of several optimizers.
         """
         if self._is_open:
             raise PipelineStateError(
@@ -403,7 +450,8 @@ class HookBasedTrainer:
         if not self.model.training:
             self.model.train()
         if self._optimizer_hook is not None:
-            self._optimizer_hook.drop_gradients_outside(self.model)
+            if isinstance(self._optimizer_hook, OptimizerHook):
+                self._optimizer_hook.drop_gradients_outside(self.model)
             if not self._resumed:
                 self._optimizer_hook.zero_grad()  # a resumed run may be within a window
         self._is_open = True
@@ -436,6 +484,8 @@ class HookBasedTrainer:
             raise RunPreempted(exit_code) from failure
         if failure is not None:
             raise failure
+        if isinstance(self._optimizer_hook, NamedOptimizersHook) and self._is_at_limit():
+            self._optimizer_hook.check_used(self.progress, self.progress.epoch_id)
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         commit_point = self._commit_point
@@ -580,7 +630,7 @@ class HookBasedTrainer:
                 self._step(args)
 
     def _step(self, args: PipelineHookArgs) -> None:
-        self._on_batch(args, self._batch)
+        self._on_batch(args, self._batch_body)
 
     def _batch(self, args: PipelineHookArgs) -> None:
         if self.batch_processor.need_backward:

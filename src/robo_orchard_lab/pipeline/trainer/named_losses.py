@@ -1,0 +1,292 @@
+"""Steps of several optimizers: named losses, each for the parameters of its own optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from robo_orchard_core.utils.config.errors import suggest_name
+from robo_orchard_lab.pipeline.context import NamedUpdates, PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.distributed.collectives import GatheredNumbers, broadcast_tensors
+from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfigError
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.hooks.optimizer import (
+    NamedOptimizersHook,
+    OptimizerHook,
+    trainable_parameters,
+)
+from robo_orchard_lab.pipeline.model import autocast_context, copy_all
+
+
+class NamedLosses:
+    """Forward and backward passes of a batch with several optimizers.
+
+    The batch processor has two forms::
+
+        def forward(self, model, batch):      # named steps
+            ...
+            yield "d", loss_d                 # backward pass, and update at a boundary
+            ...                               # computes with the new weights
+            yield "g", loss_g
+            return outputs
+
+        def forward(self, model, batch):      # one forward pass
+            return outputs, {"d": loss_d, "g": loss_g}
+
+    A named step runs as::
+
+        with on_model_forward: the code of the processor up to the next yield or return
+        with on_model_backward: (loss / divisor).backward(inputs=parameters of its optimizer)
+        with on_optimizer_step: ...           # at a boundary, see OptimizerHook
+
+    The code after the last yield runs in ``on_model_forward`` as well. In the second form,
+    backward passes follow in the order of the mapping, each in ``on_model_backward``; the updates
+    follow at the end of ``on_step``. A loss adds to the gradients of its own optimizer only.
+    """
+
+    def __init__(
+        self, run: PipelineRun, hooks: PipelineHooks, updates: NamedOptimizersHook
+    ) -> None:
+        self._run = run
+        self._updates = updates
+        self._autocast = autocast_context(run.accelerator)
+        self._on_model_forward = hooks.get_channel("on_model_forward").run
+        self._on_model_backward = hooks.get_channel("on_model_backward").run
+        self._steps: Generator[Any, None, Any] | None = None
+        self._losses: Mapping[str, torch.Tensor] = {}
+        self._keeps_graph = False
+        self._is_replicated = run.accelerator.num_processes > 1
+
+    def run_batch(self, args: PipelineHookArgs) -> None:
+        """Run all forward and backward passes of a batch, and the updates of named steps."""
+        args._named = NamedUpdates()
+        if self._is_replicated:
+            broadcast_tensors(list(self._run.model.buffers()))  # a collective, as in DDP
+        self._steps, self._losses, self._keeps_graph = None, {}, False
+        self._on_model_forward(args, self._forward)
+        try:
+            self._run_steps(args)
+        finally:
+            self._close_steps()
+        losses, self._losses = self._losses, {}
+        for count, (name, loss) in enumerate(losses.items(), start=1):
+            args.begin_entry(name, loss)
+            self._keeps_graph = count < len(losses)
+            self._on_model_backward(args, self._backward)
+        args.begin_entry(None)
+
+    def _run_steps(self, args: PipelineHookArgs) -> None:
+        """Run the named steps after the first forward pass, if the processor yielded one."""
+        while args.optimizer_name is not None:
+            self._on_model_backward(args, self._backward)
+            if args._at_accumulation_boundary:
+                self._updates.update(args)
+            args.begin_entry(None)
+            self._on_model_forward(args, self._resume)
+
+    def _close_steps(self) -> None:
+        """End the processor's code where an error has left it."""
+        if self._steps is not None:
+            self._steps.close()
+
+    def _forward(self, args: PipelineHookArgs) -> None:
+        with self._autocast():
+            result: Any = self._run.batch_processor.forward(self._run.model, args.batch)
+        if isinstance(result, Generator):
+            self._steps = result
+            self._resume(args)
+            return
+        if not isinstance(result, (tuple, list)) or not isinstance((*result, None)[1], Mapping):
+            raise self._wrong(f"{type(result).__name__}")
+        if len(result) != 2:
+            raise self._wrong("a weight, which several optimizers don't support")
+        args.model_outputs, losses = result
+        self._losses = {name: self._checked(name, loss) for name, loss in losses.items()}
+        assert args._named is not None
+        args._named.losses.update({name: loss.detach() for name, loss in self._losses.items()})
+
+    def _resume(self, args: PipelineHookArgs) -> None:
+        """Run the processor up to its next yield or return; autocast ends with each of them."""
+        assert self._steps is not None
+        try:
+            with self._autocast():
+                step = next(self._steps)
+        except StopIteration as end:
+            args.model_outputs = end.value
+            return
+        if not isinstance(step, tuple) or len(step) != 2:
+            raise self._wrong(f"a yield of {step!r:.60}")
+        name, loss = step
+        args.begin_entry(name, self._checked(name, loss))
+        assert args._named is not None
+        args._named.losses[name] = loss.detach()
+
+    def _checked(self, name: Any, loss: Any) -> torch.Tensor:
+        known = self._run.optimizers
+        if name not in known:
+            hint = suggest_name(str(name), list(known), "optimizers:")
+            raise BatchProcessorError(
+                f"{self._place()} has a loss for {name!r:.60}, which is no optimizer; {hint}"
+            )
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            found = type(loss).__name__
+            if isinstance(loss, torch.Tensor):
+                graph = "" if loss.requires_grad else ", without a gradient"
+                found = f"a tensor of shape {tuple(loss.shape)}{graph}"
+            raise BatchProcessorError(
+                f"{self._place()}: expected a scalar loss with its graph for {name!r}, found "
+                f"{found}; reduce it, such as by loss.mean(), and leave out a loss that no "
+                "parameter has part in"
+            )
+        return loss
+
+    def _place(self) -> str:
+        return f"{type(self._run.batch_processor).__name__}.forward"
+
+    def _wrong(self, found: str) -> BatchProcessorError:
+        names = ", ".join(f"{name!r}: loss" for name in self._run.optimizers)
+        return BatchProcessorError(
+            f"{self._place()} must yield (name, loss) for its optimizers, or return (outputs, "
+            f"{{{names}}}); got {found}"
+        )
+
+    def _backward(self, args: PipelineHookArgs) -> None:
+        loss, optimizer, name = args.attached_loss, args.optimizer, args.optimizer_name
+        assert loss is not None
+        assert optimizer is not None
+        assert name is not None
+        self._updates.add_loss(name)
+        scaled = loss if args._loss_divisor == 1.0 else loss / args._loss_divisor
+        if args.scaler is not None:
+            scaled = args.scaler.scale(scaled)
+        if parameters := trainable_parameters(optimizer):  # else all are frozen
+            scaled.backward(inputs=parameters, retain_graph=self._keeps_graph)
+
+
+def make_named_updates(
+    accelerator: Accelerator,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    lr_schedulers: Any,
+    hooks: PipelineHooks,
+    options: Mapping[str, Any],
+) -> NamedOptimizersHook:
+    """Return the hook that steps prepared optimizers.
+
+    Args:
+        options: options of the trainer, with ``lr_scheduler_every`` and ``lr_scheduler_monitor``;
+            a text holds for each LR scheduler that it fits.
+
+    Raises:
+        PipelineConfigError: an option has an unknown name, or fits no LR scheduler.
+    """
+    plateaus = [n for n, each in lr_schedulers.items() if isinstance(each, ReduceLROnPlateau)]
+    every = _by_name("lr_scheduler_every", options, list(lr_schedulers), optimizers)
+    monitor = _by_name("lr_scheduler_monitor", options, plateaus, optimizers)
+    return NamedOptimizersHook(
+        [
+            OptimizerHook(
+                accelerator,
+                optimizer,
+                lr_schedulers.get(name),
+                hooks,
+                every.get(name),
+                monitor.get(name),
+                name,
+            )
+            for name, optimizer in optimizers.items()
+        ],
+        _average_gradients(list(optimizers)) if accelerator.num_processes > 1 else None,
+    )
+
+
+def _by_name(
+    argument: str, options: Mapping[str, Any], fitting: Sequence[str], names: Iterable[str]
+) -> Mapping[str, Any]:
+    """Return the values of an option by optimizer."""
+    value = options[argument]
+    if isinstance(value, Mapping):
+        for name in value:
+            if name not in names:
+                hint = suggest_name(str(name), list(names), "optimizers:")
+                raise PipelineConfigError(
+                    f"{argument}: expected names of optimizers, found {name!r:.60}; {hint}"
+                )
+        return value
+    if value is not None and not fitting:
+        kind = "a ReduceLROnPlateau" if argument == "lr_scheduler_monitor" else "an LR scheduler"
+        raise PipelineConfigError(
+            f"{argument}={value!r}: expected {kind}, found none; pass lr_scheduler={{name: ...}}, "
+            f"or omit {argument}"
+        )
+    return dict.fromkeys(fitting, value)
+
+
+def _average_gradients(names: Sequence[str]) -> Callable[..., None]:
+    """Return a function that averages gradients over ranks, given the names of all optimizers."""
+    index_of = {name: index for index, name in enumerate(names, start=1)}
+
+    def average(optimizers: Mapping[str, torch.optim.Optimizer], is_step_end: bool) -> None:
+        # Ranks that yield different names would enter different collectives, and hang.
+        own = [0 if is_step_end else -1, *(index_of[name] for name in optimizers)]
+        own += [0] * (len(names) + 1 - len(own))
+        gathered = GatheredNumbers(own)  # a collective over host memory
+        parameters = [
+            p for optimizer in optimizers.values() for p in trainable_parameters(optimizer)
+        ]
+        rows = gathered.wait()
+        if any(row != own for row in rows):
+            raise BatchProcessorError(_different_steps(rows, names))
+        if parameters:
+            _average(parameters)
+
+    return average
+
+
+def _different_steps(rows: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    shown = []
+    for rank, (kind, *indices) in enumerate(rows):
+        losses = ", ".join(repr(names[index - 1]) for index in indices if index)
+        ending = (
+            f"the end of its step, with losses for {losses}" if losses else "the end of its step"
+        )
+        shown.append(f"rank {rank} has {f'a loss for {losses}' if kind else ending}")
+    return (
+        f"expected losses for the same optimizers in the same order on all ranks, found: "
+        f"{'; '.join(shown)}; decide by args that are equal on all ranks, such as a counter, not "
+        "by random numbers or the batch"
+    )
+
+
+def _average(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Average gradients over the ranks, one all-reduce for each dtype; None counts as zeros.
+
+    A gradient that is None on all ranks stays None: a rank with such a gradient reads the flags of
+    all ranks, which syncs the device.
+    """
+    groups: dict[Any, list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    for (device, dtype), group in groups.items():
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+        if any(gradient.is_sparse for gradient in gradients):
+            raise BatchProcessorError(
+                "several optimizers on several ranks don't support sparse gradients; use "
+                "Embedding(sparse=False)"
+            )
+        has_gradient = torch.tensor([p.grad is not None for p in group], dtype=dtype, device=device)
+        flat = torch.cat([has_gradient, *(gradient.reshape(-1) for gradient in gradients)])
+        torch.distributed.all_reduce(flat)  # a collective
+        is_missing = any(p.grad is None for p in group)
+        counts = flat[: len(group)].tolist() if is_missing else []  # a device sync
+        flat.div_(torch.distributed.get_world_size())
+        sizes = [len(group), *(gradient.numel() for gradient in gradients)]
+        means = [part.view_as(p) for part, p in zip(flat.split(sizes)[1:], group, strict=True)]
+        copy_all(gradients, means)
+        for index, (parameter, gradient) in enumerate(zip(group, gradients, strict=True)):
+            if parameter.grad is None and counts[index]:
+                parameter.grad = gradient
