@@ -221,9 +221,12 @@ class _MergeableMetrics:
                 self.live.decode(state[span])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        ended = {  # decoded first: `check` compared them with the live states, too
+            span: None if state[span] is None else self.live.decode(state[span])
+            for span in self.ended
+        }
         self.live.load_state_dict(state["live"])
-        for span in self.ended:
-            self.ended[span] = None if state[span] is None else self.live.decode(state[span])
+        self.ended = ended
 
     def merge_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Merge the states of several ranks."""
