@@ -63,6 +63,10 @@ _BACKING_FIELD = {
     "sample_indices": "batch",
 }
 """Field behind each property that is valid in some channels only, where the names differ."""
+SKIP_TOO_LATE = (
+    "args.skip_batch: expected a call before the forward pass; call it in a before of on_step or "
+    "on_batch"
+)
 _REMEDIES = {
     "loss": "it is detached; to train on another loss, assign args.attached_loss in a before of "
     "on_model_backward",
@@ -71,6 +75,7 @@ _REMEDIES = {
     "loss_divisor": "to scale a loss, assign args.attached_loss in a before of on_model_backward",
     "loss_weight": "return (outputs, loss, weight) from the batch processor",
     "given_loss_weight": "return (outputs, loss, weight) from the batch processor",
+    "batch_skip_reason": "call args.skip_batch(reason) in a before of on_step or on_batch",
     "batch_size": "define count_samples(batch) on the batch processor",
     "update_committed": "to skip an update, assign args.skip_reason in a before of "
     "on_optimizer_step",
@@ -223,6 +228,8 @@ class PipelineRun:
     """Ids of each optimizer's parameters, and the parameters in the order of the model; a cache."""
     commit_seconds: float = 0.0
     """Total time in evaluations, logging points and saves, in seconds."""
+    may_skip_batches: bool = False
+    """True if a hook called :meth:`PipelineHookArgs.allow_skip_batch`."""
 
     def __post_init__(self) -> None:
         counts: object = self.batch_processor if self.data is None else self.data
@@ -393,6 +400,7 @@ class PipelineHookArgs:
     _given_loss_weight: torch.Tensor | None = field(metadata=_valid_in(_STEP_CHANNELS))
     _loss_weighting: LossWeighting | None = field(metadata=_valid_in(_UPDATE_CHANNELS))
     _update_committed: bool | None = field(metadata=_valid_in(_UPDATE_CHANNELS))
+    _batch_skip_reason: str | None = field(metadata=_valid_in(_STEP_CHANNELS))
     _epoch_completed: bool = field(metadata=_valid_in(("on_epoch",)))
     _evaluation: str | None = field(metadata=_valid_in(("on_evaluation",)))
     _exception: BaseException | None
@@ -422,6 +430,7 @@ class PipelineHookArgs:
         self._loss_divisor = loss_divisor
         self._given_loss_weight = self._loss_weighting = self._batch_size = None
         self._update_committed = update_committed
+        self._batch_skip_reason = None
         self._epoch_completed = epoch_completed
         self._evaluation = evaluation
         self._exception = exception
@@ -481,13 +490,13 @@ class PipelineHookArgs:
 
     @property
     def is_padding_step(self) -> bool:
-        """True if this rank has no data for a step that other ranks have data for.
+        """True if this rank has no data for a step, or if a hook has skipped its batch.
 
-        The rank takes part with a batch of weight 0: ``batch_size`` is 0, ``sample_numbers`` is
-        empty, gradients are zero, and buffers and RNG states are restored. Metrics should ignore
-        ``model_outputs`` and ``loss``.
+        If other ranks have data, the rank takes part with a batch of weight 0: ``batch_size`` is 0,
+        ``sample_numbers`` is empty, gradients are zero, and buffers and RNG states are restored.
+        Metrics should ignore ``model_outputs`` and ``loss``.
         """
-        return self._loss_divisor == math.inf
+        return self._loss_divisor == math.inf or self._batch_skip_reason is not None
 
     @property
     def is_filler(self) -> NoReturn:
@@ -669,6 +678,52 @@ class PipelineHookArgs:
         self.attached_loss = loss
         self.grad_norm = self.grad_norm_order = self.skip_reason = self._update_committed = None
         self.gradients_changed = False
+
+    @property
+    def batch_skip_reason(self) -> str | None:
+        """Reason of :meth:`skip_batch`; None if the batch is not skipped."""
+        return self._batch_skip_reason
+
+    def skip_batch(self, reason: str) -> None:
+        """Skip this batch, in a ``before`` of ``on_step`` or ``on_batch``.
+
+        The step counts, and its hooks run. On one rank there is no forward and no backward pass. On
+        several ranks, of which one may skip alone, the rank runs a padding step with its last batch
+        that was not skipped, or with this one; see :meth:`allow_skip_batch`. The optimizer step
+        uses the mean over the other samples of the accumulation window; without any, there is no
+        optimizer step, and ``on_optimizer_step`` does not open.
+
+        Args:
+            reason: reason, for the log; the first batch of each reason is logged as a warning.
+
+        Raises:
+            PipelineStateError: the batch was processed already, no step is open, or there are
+                several ranks and no hook has called :meth:`allow_skip_batch`.
+            ValueError: the reason is not a text.
+        """
+        if not isinstance(reason, str) or not reason.strip():
+            raise ValueError(
+                "args.skip_batch: expected a reason, such as 'corrupt sample', found "
+                f"{reason!r:.60}"
+            )
+        is_done = self.model_outputs is not None or self.attached_loss is not None
+        if is_done or not self.progress.in_step:
+            raise PipelineStateError(SKIP_TOO_LATE)
+        if self._run.agreement.several and not self._run.may_skip_batches:
+            raise PipelineStateError(
+                "args.skip_batch: with several ranks, all of them must know that one may skip a "
+                "batch; call args.allow_skip_batch() in a before of on_loop, on every rank"
+            )
+        if self._loss_divisor != math.inf and self._batch_skip_reason is None:
+            self._batch_skip_reason, self._batch_size = reason, 0
+
+    def allow_skip_batch(self) -> None:
+        """Allow :meth:`skip_batch` on several ranks; in a ``before`` of ``on_loop``, on every rank.
+
+        Costs an all-reduce of one number and a multiplication of all gradients per optimizer step,
+        and the memory of one batch. Does nothing on one rank.
+        """
+        self._run.may_skip_batches = True
 
     def failing(self, error: BaseException | None) -> None:
         """Set :attr:`exception`, and report an error to the other ranks.

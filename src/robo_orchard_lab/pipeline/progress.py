@@ -84,6 +84,8 @@ class TrainerProgress:
     optimizer_steps: dict[str, int] = field(default_factory=dict, init=False)
     """With several optimizers: number of committed updates by name. :attr:`optimizer_step_id` then
     counts the accumulation boundaries with a committed update."""
+    skipped_batches: int = field(default=0, init=False, compare=False, repr=False)
+    """Number of batches that hooks skipped on this rank; saved with the state of the rank."""
     in_step: bool = field(default=False, init=False, compare=False, repr=False)
     """True inside a step; not part of the state, since a run is saved between two steps."""
 
@@ -131,7 +133,7 @@ class TrainerProgress:
     def state_dict(self) -> dict[str, Any]:
         """Return all counters by name, and the version of the state."""
         counters = asdict(self)
-        del counters["in_step"]
+        del counters["in_step"], counters["skipped_batches"]
         if not self.optimizer_steps:
             del counters["optimizer_steps"]
         return {"version": STATE_VERSION, **counters}

@@ -32,9 +32,11 @@ READ_ONLY = [
 def test_assignable_fields_are_declared() -> None:
     """Exactly the documented fields are assignable; an unknown field is an error."""
     assert {name for name in NAMES if name not in READ_ONLY} - ASSIGNABLE == {
+        "allow_skip_batch",
         "channels_of",
         "failing",
         "is_assignable",
+        "skip_batch",
     }
     assert all(PipelineHookArgs.is_assignable(name) for name in ASSIGNABLE)
     assert not any(PipelineHookArgs.is_assignable(name) for name in READ_ONLY)

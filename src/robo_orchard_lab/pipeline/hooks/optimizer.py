@@ -166,7 +166,8 @@ class OptimizerHook(PipelineHooks):
         self._channel.run(args, self._body)
 
     def _optimizer_step(self, args: PipelineHookArgs) -> None:
-        if args._at_accumulation_boundary and args._exception is None:
+        is_due = args._at_accumulation_boundary and args._update_committed is None
+        if is_due and args._exception is None:  # not due if all batches of a window were skipped
             self._channel.run(args, self._body)
             for parameter in self._outside:  # here, since hooks may use them until now
                 parameter.grad = None
@@ -309,7 +310,8 @@ class NamedOptimizersHook(PipelineHooks):
         self._make_update(args, hook)
 
     def _end_step(self, args: PipelineHookArgs) -> None:
-        if not args._at_accumulation_boundary or args._exception is not None:
+        is_due = args._at_accumulation_boundary and args._update_committed is None
+        if not is_due or args._exception is not None:
             return
         pending, self._pending = self._pending, {}
         if self._average is not None:

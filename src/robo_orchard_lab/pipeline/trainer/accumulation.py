@@ -170,12 +170,18 @@ def _check_plan(state: Mapping[str, Any]) -> None:
     local, total = state["loaded_sizes"], state["job_sizes"]
     if state["within"] > state["planned"] or len(local) != len(total):
         raise ValueError("expected no more batches than planned, with their sizes")
+    batches, samples = state["skipped_batches"] or 0, state["skipped_samples"] or 0
+    if batches > state["within"] or not 0 <= samples < math.inf:
+        raise ValueError("expected no more skipped batches than batches, and a number of samples")
     if not all(size >= 0 for size in total) or not all(s >= 0 or s == _NONE for s in local):
         raise ValueError("expected sizes >= 0")
 
 
 WINDOW_SCHEMA = StateSchema(
+    optional=["skipped_batches", "skipped_samples"],
     then=_check_plan,
+    skipped_batches=Count | None,
+    skipped_samples=Real | None,
     within=Count,
     planned=Count,
     loaded_sizes=list[Real],
@@ -213,6 +219,13 @@ class AccumulationWindows:
     """Batches in the open window."""
     _loaded: list[StepSizes] = field(default_factory=list, init=False)
     """Sizes of the open window, if its batches were loaded in advance."""
+    skipped_batches: int = field(default=0, init=False)
+    """Batches of the open window that hooks skipped, on one rank."""
+    _skipped_samples: float = field(default=0, init=False)
+    _sizes: Sequence[StepSizes] = field(default=(), init=False)
+    """Sizes of the window of the current batch."""
+    _batch: int = field(default=0, init=False)
+    """Index of the current batch in its window."""
 
     def micro_batches(
         self,
@@ -237,6 +250,7 @@ class AccumulationWindows:
         """
         if done == 0:  # drop a window that the epoch before has left open
             self._within, self._loaded = 0, []
+            self.skipped_batches, self._skipped_samples = 0, 0
         within = self._within
         begun = done - within  # first batch of the open window, or of the next
         counted = self.count_samples is not None
@@ -269,6 +283,8 @@ class AccumulationWindows:
             "loaded_sizes": [sizes.local for sizes in self._loaded],
             "job_sizes": [sizes.total for sizes in self._loaded],
             "loss_weights": self.weights.state_dict(),
+            "skipped_batches": self.skipped_batches,
+            "skipped_samples": float(self._skipped_samples),
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
@@ -281,6 +297,25 @@ class AccumulationWindows:
         self.weights.load_state_dict(state["loss_weights"], device)
         self._within, self._planned = state["within"], state["planned"]
         self._loaded = list(map(StepSizes, state["loaded_sizes"], state["job_sizes"]))
+        self.skipped_batches = state.get("skipped_batches") or 0
+        self._skipped_samples = state.get("skipped_samples") or 0
+
+    def skip_batch(self) -> None:
+        """Note that a hook skipped the current batch, on one rank."""
+        self.skipped_batches += 1
+        if self._sizes:
+            self._skipped_samples += self._sizes[self._batch].local
+
+    def end_skipped(self) -> tuple[float, float, bool]:
+        """Reset the account of the window that ends with the current batch.
+
+        Returns:
+            Samples of skipped batches, samples of all batches, and True if no batch is left.
+        """
+        skipped, total = self._skipped_samples, sum(size.total for size in self._sizes)
+        is_empty = self.skipped_batches >= max(1, len(self._sizes)) or skipped >= total
+        self.skipped_batches, self._skipped_samples = 0, 0
+        return skipped, total, is_empty
 
     def _own_divisor(self, sizes: StepSizes) -> float:
         """Return the divisor of a batch that is a window by itself."""
@@ -348,13 +383,14 @@ class AccumulationWindows:
         """Yield the remaining batches of one window of ``sizes``."""
         total = sum(size.total for size in sizes)
         divisors = [_divisor(size.local, total, processes) for size in sizes]
-        self._planned = len(divisors)
+        self._planned, self._sizes = len(divisors), sizes
         for taken, batch in enumerate(batches, start=self._within + 1):
             ends = taken == len(divisors)
             if ends:
                 self._within, self._loaded = 0, []
             else:
                 self._within = taken
+            self._batch = taken - 1
             yield batch, ends, divisors[taken - 1]
 
     def _count(self, batch: Any) -> int:

@@ -47,6 +47,8 @@ class LossWeights:
         self._parameters = parameters
         self.are_used: bool | None = None
         """True if losses come with weights; None before the first step."""
+        self.uses_samples = False
+        """True to weight losses without a weight by their samples."""
         self._has_met = False
         self._reference: torch.Tensor | None = None
         self._total: torch.Tensor | None = None
@@ -59,6 +61,8 @@ class LossWeights:
             BatchProcessorError: the result is not ``(outputs, loss, weight)``, or the engine
                 divides losses.
         """
+        if self.uses_samples and isinstance(result, (tuple, list)) and len(result) == 2:
+            result = (*result, args.batch_size)
         if not isinstance(result, (tuple, list)) or len(result) != 3:
             raise wrong_result(args, type(result).__name__)
         args.model_outputs, loss, weight = result

@@ -11,9 +11,18 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from robo_orchard_core.utils.config.errors import suggest_name
-from robo_orchard_lab.pipeline.context import NamedUpdates, PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.context import (
+    SKIP_TOO_LATE,
+    NamedUpdates,
+    PipelineHookArgs,
+    PipelineRun,
+)
 from robo_orchard_lab.pipeline.distributed.collectives import GatheredNumbers, broadcast_tensors
-from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfigError
+from robo_orchard_lab.pipeline.errors import (
+    BatchProcessorError,
+    PipelineConfigError,
+    PipelineStateError,
+)
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks.optimizer import (
     NamedOptimizersHook,
@@ -95,6 +104,8 @@ class NamedLosses:
             self._steps.close()
 
     def _forward(self, args: PipelineHookArgs) -> None:
+        if args._batch_skip_reason is not None:
+            raise PipelineStateError(SKIP_TOO_LATE)
         with self._autocast():
             result: Any = self._run.batch_processor.forward(self._run.model, args.batch)
         if isinstance(result, Generator):

@@ -29,7 +29,7 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import ddp_of, plain_model, plain_name, plain_state
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded, local_tensor
 from robo_orchard_lab.pipeline.sharding import shard_like
-from robo_orchard_lab.pipeline.state_schema import StateSchema, Tensors
+from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Tensors
 from robo_orchard_lab.pipeline.trainer.accumulation import WINDOW_SCHEMA, AccumulationWindows
 
 
@@ -129,6 +129,7 @@ def _is_divided(tensor: torch.Tensor) -> bool:
 
 
 _SCHEMA = StateSchema(
+    optional=["skipped_batches"],
     beside=Tensors,
     buffers=Tensors,
     data=dict[str, Any],
@@ -137,6 +138,7 @@ _SCHEMA = StateSchema(
     own_gradients=Tensors,
     random=dict[str, Any],
     reduced_gradients=Tensors,
+    skipped_batches=Count | None,
     window=WINDOW_SCHEMA.type,
 )
 
@@ -174,6 +176,7 @@ class RankStates:
             "random": capture_random_state() if self._random is None else self._random,
             "data": self.data.rank_state_dict(),
             "window": self.windows.state_dict(),
+            "skipped_batches": run.progress.skipped_batches,
             "own_gradients": {
                 name: local_tensor(g) for name, g in gradients.items() if not _is_divided(g)
             },
@@ -229,6 +232,7 @@ class RankStates:
         run.metrics.load_state_dict(state["metrics"], run.accelerator.device)
         self.data.load_state_dict(of_data, state["data"])
         self.windows.load_state_dict(state["window"], run.accelerator.device)
+        run.progress.skipped_batches = state.get("skipped_batches") or 0
         with torch.no_grad():
             for name, buffer in plain_model(run).named_buffers():
                 value = state["buffers"].get(plain_name(name))
@@ -348,6 +352,6 @@ def checked_rank_state(of_rank: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     state = of_rank.get("state")
     state = state if isinstance(state, dict) else {}
-    check_keys("the state of a rank", state, {*_SCHEMA.names})
+    check_keys("the state of a rank", {"skipped_batches": 0, **state}, {*_SCHEMA.names})
     _SCHEMA.check(state, "state")
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -15,7 +16,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_core.utils.hook.errors import CONFIGURED_AT, origin_of
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
-from robo_orchard_lab.pipeline.context import Locate, PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.context import (
+    SKIP_TOO_LATE,
+    Locate,
+    PipelineHookArgs,
+    PipelineRun,
+)
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.data.loader import explain_no_batch
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
@@ -56,6 +62,7 @@ from robo_orchard_lab.pipeline.trainer.rank_consistency import (
 )
 from robo_orchard_lab.pipeline.trainer.rank_state import trained_names, trained_parameters
 from robo_orchard_lab.pipeline.trainer.resume import AUTO, resume
+from robo_orchard_lab.pipeline.trainer.skipped_batches import SkippedBatches
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
 
 logger = job_logger(__name__)
@@ -317,13 +324,21 @@ class HookBasedTrainer:
         self._windows = AccumulationWindows(
             window, self._data.counter, self._data.num_processes, world_size, self._loss_weights
         )
+        self._skipped = SkippedBatches(
+            self._run,
+            self._windows,
+            self._loss_weights,
+            partial(trained_parameters, self._run),
+            self._zero_grad,
+        )
         self._replicas = ReplicaCheck(self._run, partial(trained_names, self._run))
         self._snapshots = RunSnapshots(
             self._run, self.hooks, self._data, self._windows, self._replicas.check_weights
         )
         self._batch_body = self._batch
         if isinstance(self._optimizer_hook, NamedOptimizersHook):
-            self._batch_body = NamedLosses(self._run, self.hooks, self._optimizer_hook).run_batch
+            self._named_losses = NamedLosses(self._run, self.hooks, self._optimizer_hook)
+            self._batch_body = self._named_batch
         elif self._optimizer_hook is not None:
             self._optimizer_hook.before_first_update(self._replicas.check_gradients)
         self._run.take_snapshot = self._snapshots.take
@@ -489,6 +504,7 @@ class HookBasedTrainer:
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         commit_point = self._commit_point
+        self._skipped.begin_loop()
         commit_point.warn_of_unwritten()
         check_metric_names(self._run, self.hooks)
         for check in self._run.start_checks:
@@ -610,7 +626,9 @@ class HookBasedTrainer:
         boundary = args._at_accumulation_boundary
         if boundary is not self._synchronising:
             self._synchronise(boundary)
-        if boundary or self._no_sync is None:
+        if boundary:
+            self._on_step(args, self._last_step_of_window)
+        elif self._no_sync is None:
             self._on_step(args, body)
         else:
             with self._no_sync():
@@ -623,27 +641,49 @@ class HookBasedTrainer:
 
     def _step_or_padding_step(self, args: PipelineHookArgs) -> None:
         """Run ``_step`` in a job of several ranks, where one rank may have no data left."""
-        if not args.is_padding_step:
+        if args._loss_divisor != math.inf:
             self._step(args)
         else:
             with padding_step(self.model):
                 self._step(args)
+        if self._skipped.are_joint:
+            self._skipped.end_joint_step(args)
+
+    def _last_step_of_window(self, args: PipelineHookArgs) -> None:
+        self._step_body(args)
+        if self._windows.skipped_batches:
+            self._skipped.end_window(args)
+
+    def _zero_grad(self) -> None:
+        if self._optimizer_hook is not None:
+            self._optimizer_hook.zero_grad()
 
     def _step(self, args: PipelineHookArgs) -> None:
         self._on_batch(args, self._batch_body)
 
     def _batch(self, args: PipelineHookArgs) -> None:
-        if self.batch_processor.need_backward:
+        if args._batch_skip_reason is not None and args._loss_divisor != math.inf:
+            self._skipped.run_step(args, self._batch)
+        elif self.batch_processor.need_backward:
             self._on_model_forward(args, self._forward)
             self._on_model_backward(args, self._backward)
         else:
             with torch.no_grad():
                 self._on_model_forward(args, self._forward)
 
+    def _named_batch(self, args: PipelineHookArgs) -> None:
+        if args._batch_skip_reason is None:
+            self._named_losses.run_batch(args)
+        else:
+            self._skipped.run_step(args, self._named_losses.run_batch)
+
     def _forward(self, args: PipelineHookArgs) -> None:
+        if args._batch_skip_reason is not None and args._loss_divisor != math.inf:
+            raise PipelineStateError(SKIP_TOO_LATE)
         result = self._processor.forward(self._processed_model, args.batch)
         # A tensor of two rows would unpack as well, hence the check of the type.
-        if not isinstance(result, (tuple, list)) or len(result) != 2:
+        is_pair = isinstance(result, (tuple, list)) and len(result) == 2
+        if not is_pair or self._loss_weights.uses_samples:
             self._loss_weights.take(args, result)
         else:
             args.model_outputs, args.attached_loss = result
