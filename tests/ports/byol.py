@@ -156,7 +156,8 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
 
     @target.on_optimizer_step.after
     def update_target(args: PipelineHookArgs) -> None:
-        model.update_target(args.optimizer_step_id)
+        if args.update_committed:
+            model.update_target(args.optimizer_step_id)
 
     log = JsonLinesSinkConfig(path=str(run_folder / "log.jsonl"))
     return HookBasedTrainer(

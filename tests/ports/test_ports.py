@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,12 @@ def test_is_no_longer_than_the_plain_loop(port: Port) -> None:
     """The training with the trainer has no more lines of code than the plain loop."""
     _, plain, ours = (code_lines(port)[name] for name in SECTIONS)
     assert ours <= plain, f"{ours} lines with the trainer, {plain} in the plain loop"
+
+
+@every_port
+def test_the_documented_lines_are_counted(port: Port) -> None:
+    """The table in docs/ports.md has the lines of the plain loop and of the trainer."""
+    page = (Path(__file__).parents[2] / "docs/ports.md").read_text("utf-8")
+    found = re.findall(rf"\| \[{port.__name__}\.py\].*\| (\d+) \| (\d+) \|\n", page)
+    _, plain, ours = (code_lines(port)[name] for name in SECTIONS)
+    assert found == [(str(plain), str(ours))]
