@@ -34,6 +34,7 @@ from robo_orchard_lab.pipeline.hooks import (
     MetricsLoggerConfig,
     MetricTrackerConfig,
     ProgressBarHookConfig,
+    ReportConfig,
     StatsMonitorConfig,
     ValidationHookConfig,
 )
@@ -127,7 +128,9 @@ def train(cfg: TrainerConfig) -> HookBasedTrainer:
                 dataloaders={"val": DataLoader(unseen, batch_size=256)}, metrics=accuracy
             ),
             KeepBestConfig(monitor=VALIDATION, mode="max", path=workspace / "best.safetensors"),
+            ReportConfig(),
         ],
+        run_folder=workspace,
         max_epoch=cfg.max_epoch,
     )
     trainer()

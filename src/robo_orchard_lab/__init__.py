@@ -14,6 +14,7 @@ HOOK_MODULES = {
     "NonFiniteGuard": "non_finite_guard",
     "Preemption": "preemption",
     "ProgressBarHook": "progress_bar",
+    "Report": "report",
     "SaveCheckpoint": "save_checkpoint",
     "SaveModel": "save_model",
     "StatsMonitor": "stats_monitor",

@@ -100,6 +100,7 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
     ],
     "Preemption": [{"signals": ["SIGTERM"], "exit_code": 75, "save_checkpoint": False}],
     "ProgressBarHook": [{"metrics": ["grad_norm"], "refresh_seconds": 0.25, "plain": True}],
+    "Report": [{"every_seconds": 5.0}],
     "SaveCheckpoint": [
         {
             "every": "20 steps | 30 min",

@@ -38,6 +38,8 @@ COMMANDS = {
         "resume": ("Resume a run from its newest checkpoint.", f"{_COMMANDS}.train:resume"),
         "evaluate": ("Evaluate the saved weights of a run.", f"{_COMMANDS}.train:evaluate"),
         "prove-resume": ("Prove that a run resumes exactly.", f"{_COMMANDS}.train:prove_resume"),
+        "report": ("Write the HTML report of runs.", f"{_COMMANDS}.report:report"),
+        "runs": ("List runs with state and best metric.", f"{_COMMANDS}.report:runs"),
         "checkpoint": (
             "List, show, verify, export and prune checkpoints.",
             f"{_COMMANDS}.checkpoint:checkpoint",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from robo_orchard_core.utils.config import TrustLike
-from robo_orchard_core.utils.config.errors import ConfigError
+from robo_orchard_core.utils.config.errors import ConfigError, dotted
 from robo_orchard_lab.experiment.config import ExperimentConfig
-from robo_orchard_lab.experiment.document import read_experiment
+from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
 from robo_orchard_lab.experiment.parts import ResumeEffect
 from robo_orchard_lab.experiment.resume_diff import Difference, differences
 from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints, list_checkpoints
@@ -157,4 +157,25 @@ def record(
     plain: tuple[dict[str, Any], ...] = tuple(
         {"path": c.field, "before": c.before, "after": c.after, "resume": c.resume} for c in changes
     )
-    return record_start(experiment.folder(), text, processes=processes, changes=plain)
+    return record_start(
+        *(experiment.folder(), text),
+        processes=processes,
+        changes=plain,
+        provenance=_provenance(experiment.document),
+    )
+
+
+def _provenance(document: ExperimentDocument | None) -> dict[str, Any]:
+    """Return the origin of each value, and the differences from the base file, as plain data."""
+    if document is None:
+        return {}
+    sources = {dotted(path): str(origin) for path, origin in document.leaf_origins.items()}
+    base = None
+    with suppress(ConfigError, IndexError):  # the file was changed since, or has no base
+        file = document.files[1]
+        changes = differences(read_experiment(file).document, document.document)
+        base = {
+            "file": str(file),
+            "changes": [{"path": c.field, "before": c.before, "after": c.after} for c in changes],
+        }
+    return {"sources": sources, "base": base}

@@ -1,4 +1,4 @@
-"""Descriptions for people: the fields of configs, the built-in hooks, and the hooks of a run."""
+"""Descriptions for people: the fields of configs, and the built-in hooks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from robo_orchard_core.utils.config.references import (
     resolve,
     split_reference,
 )
-from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab import HOOK_MODULES
 from robo_orchard_lab.experiment.catalogue import (
     ExperimentTrust,
@@ -190,51 +189,6 @@ def hook(name: str, trust: Trust | None = None) -> HookInfo:
 
 class _Holder(Config):
     hook: HooksPart
-
-
-@dataclass(frozen=True)
-class PlannedHook:
-    """Hook on a channel of a run.
-
-    Attributes:
-        position: Position from 0, the outermost: its ``before`` runs first, its ``after`` last.
-        hook: Name in the experiment of the hooks to which it belongs.
-        when: ``always``, or the trigger.
-        before: File and line of ``before``, or None; likewise ``after``.
-    """
-
-    channel: str
-    position: int
-    hook: str
-    class_name: str
-    when: str
-    before: str | None
-    after: str | None
-
-
-def plan_hooks(hooks: PipelineHooks) -> list[PlannedHook]:
-    """List the hooks of a run by channel, each channel from the outermost hook."""
-    from robo_orchard_lab.pipeline import CHANNEL_NAMES
-
-    def location(function: Any) -> str | None:
-        if function is None:
-            return None
-        info = FunctionInfo.of(function)
-        return info.location or info.name
-
-    return [
-        PlannedHook(
-            channel=channel,
-            position=entry.position,
-            hook=entry.label if entry.owner is None else entry.owner.name,
-            class_name=type(entry.owner or entry.context).__name__,
-            when=str(getattr(entry.context, "when", "always")),
-            before=location(entry.before),
-            after=location(entry.after),
-        )
-        for channel in CHANNEL_NAMES
-        for entry in hooks.get_channel(channel).entries()
-    ]
 
 
 def build_hook_set(experiment: ExperimentConfig) -> PipelineHooks:

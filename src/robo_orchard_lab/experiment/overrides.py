@@ -94,6 +94,23 @@ def walk(value: Plain, path: Path = ()) -> Iterator[tuple[Path, Plain]]:
             yield from walk(item, (*path, index))
 
 
+def leaves(value: Plain, path: Path = ()) -> Iterator[tuple[Path, Plain]]:
+    """Yield the values of a document that hold no others, with their paths.
+
+    >>> list(leaves({"seed": 0, "hidden": [8, 8], "sinks": [{"path": "a"}]}))
+    [(('seed',), 0), (('hidden',), [8, 8]), (('sinks', 0, 'path'), 'a')]
+    """
+    inner: list[tuple[str | int, Plain]] = []
+    if isinstance(value, dict):
+        inner += value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        inner += enumerate(value)
+    if not inner:
+        yield path, value
+    for key, item in inner:
+        yield from leaves(item, (*path, key))
+
+
 NAMED_ENTRIES: frozenset[Path] = frozenset(
     {("hooks",), ("data", "evaluation"), ("optimizer", "groups")}
 )

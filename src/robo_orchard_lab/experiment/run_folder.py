@@ -125,6 +125,7 @@ def record_start(
     *,
     processes: int = 1,
     changes: tuple[Mapping[str, Any], ...] = (),
+    provenance: Mapping[str, Any] | None = None,
 ) -> Path:
     """Record the start of a run durably, from one process of the job; return the file.
 
@@ -135,6 +136,7 @@ def record_start(
         config: Complete configuration as YAML.
         processes: World size.
         changes: Differences from the previous configuration, as plain data.
+        provenance: Origins of values and differences from the base file, as plain data.
 
     Raises:
         OSError: The record can't be written.
@@ -161,6 +163,7 @@ def record_start(
         "versions": versions(),
         "git": None,
         "changes": [*changes],
+        **(provenance or {}),
     }
     if state is not None:
         diff = path.with_suffix(".diff")

@@ -10,8 +10,8 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # documented
 
+from robo_orchard_core.utils.process_identity import ProcessIdentity
 from robo_orchard_lab.pipeline.distributed.failure_watch import LostRankDetector
-from robo_orchard_lab.pipeline.distributed.failures import ProcessIdentity
 from robo_orchard_lab.pipeline.distributed.job_store import JobStore
 
 MANY_LOOKS = 100  # more than half a minute of them

@@ -65,7 +65,7 @@ import logging, sys, time
 from torch.distributed import HashStore
 from robo_orchard_lab.pipeline.distributed import failure_watch, shutdown
 from robo_orchard_lab.pipeline.distributed.job_store import JobStore
-from robo_orchard_lab.pipeline.distributed.failures import ProcessIdentity
+from robo_orchard_core.utils.process_identity import ProcessIdentity
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock
 from robo_orchard_lab.pipeline.requests import Requests

@@ -47,7 +47,8 @@ def test_a_run_is_running_then_completed(tmp_path: Path) -> None:
     assert (ended.state, ended.exit_code, ended.reason) == ("completed", 0, None)
     assert ended.progress["global_step_id"] == ended.progress["optimizer_step_id"] == 3
     assert running.started_at == ended.started_at <= ended.updated_at
-    assert [file.name for file in folder.iterdir()] == ["run_state.json"]
+    names = ["events.jsonl", "plan.json", "run_state.json"]
+    assert sorted(file.name for file in folder.iterdir()) == names
 
 
 def test_a_run_without_a_folder_keeps_no_file(
@@ -351,7 +352,7 @@ def test_readers_never_see_a_partial_file(tmp_path: Path) -> None:
         over.set()
         reader.join()
     assert steps == sorted(steps)
-    assert [left.name for left in tmp_path.iterdir()] == ["run_state.json"]
+    assert sorted(left.name for left in tmp_path.iterdir()) == ["events.jsonl", "run_state.json"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.resources import files as resources
 from pathlib import Path
@@ -125,7 +124,7 @@ def show(
     document = experiment.read(file)
     complete = experiment.validated(document)
     if origins:
-        from robo_orchard_lab.experiment.overrides import DEFAULT
+        from robo_orchard_lab.experiment.overrides import DEFAULT, leaves
 
         found = [
             (dotted(path), value, document.origins.get(path, DEFAULT))
@@ -147,22 +146,6 @@ def show(
         say(with_escapes(complete.to_str("toml")).rstrip("\n"))
     else:
         say(readable_yaml(complete.to_dict()).rstrip("\n"))
-
-
-def leaves(
-    value: Any, path: tuple[str | int, ...] = ()
-) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """Yield the values of a document that hold no others, with their paths.
-
-    >>> list(leaves({"seed": 0, "hidden": [8, 8], "sinks": [{"path": "a"}]}))
-    [(('seed',), 0), (('hidden',), [8, 8]), (('sinks', 0, 'path'), 'a')]
-    """
-    is_list = isinstance(value, list) and any(isinstance(item, dict | list) for item in value)
-    if not value or not (isinstance(value, dict) or is_list):
-        yield path, value
-        return
-    for key, item in enumerate(value) if is_list else value.items():
-        yield from leaves(item, (*path, key))
 
 
 def _text(value: Any) -> str:

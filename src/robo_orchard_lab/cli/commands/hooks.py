@@ -29,7 +29,7 @@ from robo_orchard_lab.cli.output import (
 
 if TYPE_CHECKING:
     from robo_orchard_lab.experiment.document import ExperimentDocument
-    from robo_orchard_lab.experiment.inspection import PlannedHook
+    from robo_orchard_lab.pipeline.plan import PlannedHook
 
 
 @click.group("hooks", cls=CommandGroup)
@@ -133,7 +133,8 @@ def plan(file: Path, as_json: bool, experiment: ExperimentArguments) -> None:
     The first hook of a channel is the outermost: its before runs first, its after runs last. The
     hooks are built; models and data are not.
     """
-    from robo_orchard_lab.experiment.inspection import build_hook_set, plan_hooks
+    from robo_orchard_lab.experiment.inspection import build_hook_set
+    from robo_orchard_lab.pipeline.plan import plan_hooks
 
     document = experiment.read(file)
     found = plan_hooks(build_hook_set(experiment.validated(document)))

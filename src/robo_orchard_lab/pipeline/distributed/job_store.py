@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # documented
 
+from robo_orchard_core.utils.process_identity import ProcessIdentity
 from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
-from robo_orchard_lab.pipeline.distributed.failures import ProcessIdentity
 from robo_orchard_lab.pipeline.errors import PipelineStateError, RankFailure
 
 _TIMEOUT_S = 5.0  # of one store request; none waits for another rank

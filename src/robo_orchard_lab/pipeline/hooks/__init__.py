@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from robo_orchard_lab.pipeline.hooks.progress_bar import (
         ProgressBarHookConfig as ProgressBarHookConfig,
     )
+    from robo_orchard_lab.pipeline.hooks.report import Report as Report
+    from robo_orchard_lab.pipeline.hooks.report import ReportConfig as ReportConfig
     from robo_orchard_lab.pipeline.hooks.save_checkpoint import SaveCheckpoint as SaveCheckpoint
     from robo_orchard_lab.pipeline.hooks.save_checkpoint import (
         SaveCheckpointConfig as SaveCheckpointConfig,

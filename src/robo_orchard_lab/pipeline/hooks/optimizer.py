@@ -186,6 +186,8 @@ class OptimizerHook(PipelineHooks):
         else:
             self._finish_named(args, args._named, committed)
         args._update_committed = committed
+        if not committed:
+            self._record_skip(args, "non-finite gradients, found by the gradient scaler")
 
     def _skip(self, args: PipelineHookArgs) -> None:
         if args.scaler is not None:
@@ -197,6 +199,13 @@ class OptimizerHook(PipelineHooks):
         else:
             self._finish_named(args, args._named, committed=False)
         args._update_committed = False
+        self._record_skip(args, str(args.skip_reason))
+
+    def _record_skip(self, args: PipelineHookArgs, reason: str) -> None:
+        # The open step counts as completed where its metrics are logged.
+        args._run.state_file.events.add(
+            "skipped update", reason, args._run.progress.global_step_id + 1
+        )
 
     def _finish_named(self, args: PipelineHookArgs, named: NamedUpdates, committed: bool) -> None:
         progress, is_counted = args._run.progress, named.is_counted

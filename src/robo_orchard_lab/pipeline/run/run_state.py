@@ -7,8 +7,8 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from robo_orchard_core.utils.process_identity import ProcessIdentity
 from robo_orchard_lab.pipeline.distributed.failures import (
-    ProcessIdentity,
     failure_of,
     killed_failure,
     plain_text,
@@ -32,6 +32,7 @@ from robo_orchard_lab.pipeline.run.durable import (
     replace_file,
     set_aside,
 )
+from robo_orchard_lab.pipeline.run.event_log import EventLog
 from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 
 logger = logging.getLogger(__name__)
@@ -163,6 +164,12 @@ class RunStateFile:
         self._state: RunState | None = None  # last state written by this process
         self._lock = threading.Lock()  # checkpoints may be committed in another thread
         self._writes = RetriedWrite("the trainer")
+        self.events = EventLog(self._progress)
+        """Events of the run; the first rank records them while the run is in progress."""
+        self.at_end: dict[str, Callable[[], object]] = {}
+        """Functions to call once when the outcome is written, by hook name; also after a failure,
+        and before a forced exit."""
+        self._recording = ExitStack()
 
     @contextmanager
     def around_run(self, requests: Requests) -> Iterator[None]:
@@ -227,6 +234,7 @@ class RunStateFile:
         inside = target.is_relative_to(folder)
         shown = target.relative_to(folder) if inside else target
         names = None if non_finite is None else [*non_finite]
+        self.events.add("save", str(shown), step)
         self._update(
             checkpoint=SavedCheckpoint(path=plain_text(shown), step=step, non_finite=names)
         )
@@ -236,6 +244,7 @@ class RunStateFile:
         if self._state is not None:
             to_step = self._progress.global_step_id
             found = Rollback(from_step=from_step, to_step=to_step, reason=plain_text(reason))
+            self.events.add("rollback", f"from step {from_step} to step {to_step}: {found.reason}")
             self._update(rollbacks=[*self._state.rollbacks, found][-20:])
 
     def retry(self) -> None:
@@ -268,6 +277,10 @@ class RunStateFile:
                 )
                 return
         now = _now()
+        self._recording.enter_context(self.events.recording(self._folder))
+        done = self._progress.global_step_id
+        kind, text = ("resume", f"resumed after step {done}") if done else ("start", "started")
+        self.events.add(kind, f"{text}, world size {self._processes}")
         with self._lock:
             self._state = RunState(
                 state="running",
@@ -289,6 +302,13 @@ class RunStateFile:
             found |= {"reason": stop.reason, "by": stop.by}
         if self._state is not None and not self._has_remote_failure(self._state):
             self._update(state=outcome, **found)
+        error, reason = found.get("error"), found.get("reason")
+        why = reason if error is None else f"{error.type}: {error.message}"
+        self.events.add("end", outcome if why is None else f"{outcome}: {why}")
+        self._recording.close()
+        while self.at_end:
+            with suppress(Exception):  # an error here must not hide the run's own
+                self.at_end.popitem()[1]()
 
     def _failed(self, requests: Requests, **found: Any) -> None:
         if self._rank == 0:

@@ -143,6 +143,7 @@ class CommitPoint:
                     evaluated.add(name)
                     args = PipelineHookArgs(run, evaluation=name)
                     self._on_evaluation(args, run.evaluations[name])
+                    run.state_file.events.add("evaluation", name)
             log = bool(requests.pop(LogRequest)) and not logged
             if not names and not log and not run.metrics.has_due_metrics():
                 break

@@ -45,6 +45,7 @@ from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import forward_in_context
 from robo_orchard_lab.pipeline.out_of_memory import FittingBatch
+from robo_orchard_lab.pipeline.plan import write_plan
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.retried_write import OutputFile
@@ -448,6 +449,11 @@ class HookBasedTrainer:
         failing_together = fail_together(self._stall_clock, self._rank_position)
         with self._run.state_file.around_run(self.requests), failing_together:
             self._check_hooks_consistent()
+            if self._run.folder is not None and self.accelerator.is_main_process:
+                try:
+                    write_plan(self._run.folder, self.hooks)
+                except OSError as error:
+                    logger.warning("the plan of the run can't be written: %s", error)
             self._train()
 
     def _rank_position(self, section: int) -> RankPosition:

@@ -1,0 +1,160 @@
+"""Hook that writes the report of a run while it runs, and when it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
+
+import psutil  # type: ignore[import-untyped]
+from pydantic import Field
+
+from robo_orchard_core.utils.hook import RemovableHandle
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
+
+logger = job_logger(__name__)
+
+REPORT_FILE = "report.html"
+_LONGEST_S = 60.0
+_NICENESS = 10
+
+
+class Report(PipelineHooks):
+    """Report of the run as one HTML file, ``report.html`` in the run folder.
+
+    The page has the outcome, curves, evaluations, events, checkpoints, hooks, configuration and
+    environment. Another process writes it from the files of the run folder, with
+    ``robo-orchard-lab report``: after an epoch, if the last report is ``every_seconds`` old, and
+    when the run ends, also by an error. The curves come from a ``MetricsLogger`` with a
+    ``JsonLinesSink``. A report that can't be written, as on a full disk, is reported once, and the
+    run continues.
+
+    - Ranks: the main process starts the other process.
+    - Requests: none.
+    - State: none.
+    - Cost: nothing in a step; the start of a process after an epoch, and the wait for the last
+      report at the end of the run, about half a second.
+
+    >>> ReportConfig(every_seconds=60)().name
+    'Report'
+    """
+
+    keeps_trajectory = True
+    published_metrics = ()
+
+    def __init__(self, cfg: ReportConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors: IO[bytes] | None = None
+        self._started_at = -float("inf")
+        self._first_step = 0
+        self._writes = RetriedWrite(self.name, logger)
+        self.register_for_loop(self._begin)
+        # Before an epoch, since the metrics of an epoch are written after its `after`s.
+        self.on_epoch.before(self._update)
+
+    def _begin(self, args: PipelineHookArgs) -> RemovableHandle:
+        run = args.run
+        self._folder = run.folder if args.accelerator.is_main_process else None
+        self._first_step = run.progress.global_step_id
+        if run.folder is None:
+            logger.warning("%s: there is no report, since the trainer has no run_folder", self.name)
+        elif self._folder is not None:
+            run.state_file.at_end[self.name] = self._finish
+        return RemovableHandle(lambda: None)
+
+    def _update(self, args: PipelineHookArgs) -> None:
+        if self._folder is None or args.progress.global_step_id == self._first_step:
+            return
+        if time.monotonic() - self._started_at >= self.cfg.every_seconds and self._collect(0.0):
+            self._start()
+
+    def _finish(self) -> None:
+        """Write the last report, after the outcome of the run is on disk."""
+        if not self._collect(_LONGEST_S):
+            return
+        self._start()
+        self._collect(_LONGEST_S)
+
+    def _start(self) -> None:
+        assert self._folder is not None
+        self._started_at = time.monotonic()
+        package = str(Path(__file__).parents[3])
+        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        kept = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+        self._errors = TemporaryFile()  # noqa: SIM115 - closed with the process
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "robo_orchard_lab", "report", str(self._folder)],
+                env={**kept, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                start_new_session=True,  # a Ctrl-C, and a launcher's signal, end the run alone
+            )
+            with suppress(psutil.Error):
+                psutil.Process(self._process.pid).nice(_NICENESS)
+        except OSError as error:
+            self._failed(error)
+
+    def _collect(self, wait_s: float) -> bool:
+        """Report the result of the process; return False if it still runs."""
+        if self._process is None:
+            return True
+        try:
+            code = self._process.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            if wait_s:
+                self._process.kill()
+                self._process.wait()
+                self._process = None
+                self._failed(TimeoutError(f"it took more than {wait_s:.0f} s"))
+            return False
+        self._process = None
+        assert self._errors is not None
+        with self._errors as file:
+            file.seek(0)
+            lines = file.read(4096).decode("utf-8", "replace").split("\n")
+        if code == 0:
+            self._writes.succeeded(self._path)
+        else:
+            said = next((line for line in lines if line.startswith("error:")), lines[-1])
+            self._failed(RuntimeError(said.removeprefix("error: ") or f"exit code {code}"))
+        return True
+
+    @property
+    def _path(self) -> Path:
+        assert self._folder is not None
+        return self._folder / REPORT_FILE
+
+    def _failed(self, error: Exception) -> None:
+        self._writes.failed(f"writing {self._path}", error, "the run continues")
+
+
+_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+class ReportConfig(PipelineHooksConfig[Report]):
+    """Interval of reports.
+
+    >>> ReportConfig().every_seconds
+    30.0
+    """
+
+    class_type: type[Report] = Report
+    every_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        description="Shortest time between two reports during the run, in seconds; a report is "
+        "written after an epoch, and always at the end of the run.",
+    )

@@ -1,0 +1,11 @@
+"""Reports of runs: self-contained pages and lists, rebuilt from run folders alone.
+
+- ``files``: bounded, tolerant reading of the files of a run folder
+- ``series``: metrics of a run as curves, downsampled with their extremes
+- ``story``: everything that a page shows about a run, as plain data
+- ``page``: the HTML page of one run or of several
+- ``listing``: the runs below a folder
+
+No module imports torch. Files of a run may be cut, damaged or hostile: a problem is listed in the
+result and never raised.
+"""

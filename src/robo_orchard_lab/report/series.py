@@ -1,0 +1,203 @@
+"""Metrics of a run as curves, downsampled with their extremes."""
+
+from __future__ import annotations
+
+import math
+import re
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from robo_orchard_lab.report.files import Problems, items, mapping, read_lines, whole
+
+MAX_POINTS = 100_000
+"""Points of all curves of a page."""
+MAX_POINTS_OF_CURVE = 4_000
+MAX_CURVES = 400
+MAX_NAME = 300
+_MAX_BAD = 200
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+Mode = Literal["min", "max"]
+_SMALL_IS_GOOD = re.compile(
+    r"(^|[/_.-])(loss|losses|error|err|rmse|mse|mae|mape|perplexity|ppl|wer|cer|fid|nll|bce)"
+    r"($|[/_.-]|\d)"
+)
+_LARGE_IS_GOOD = re.compile(
+    r"(^|[/_.-])(accuracy|acc|top\d|f1|precision|recall|auc|auroc|iou|miou|map|dice|score|reward|"
+    r"return|success|psnr|ssim|r2|bleu|kappa)($|[/_.-]|\d)"
+)
+
+
+def guess_mode(name: str) -> Mode | None:
+    """Return whether small or large values of a metric are good, judged by its name.
+
+    >>> guess_mode("eval/val/loss"), guess_mode("eval/val/accuracy"), guess_mode("eval/val/x")
+    ('min', 'max', None)
+    """
+    name = name.lower()
+    if _LARGE_IS_GOOD.search(name):
+        return "max"
+    return "min" if _SMALL_IS_GOOD.search(name) else None
+
+
+@dataclass(slots=True)
+class Curve:
+    """Values of a metric by step, in the order of steps; one value a step."""
+
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    values: array[float] = field(default_factory=lambda: array("d"))
+
+    def add(self, step: int, value: float) -> None:
+        """Add a value; a later value of the last step replaces the earlier one."""
+        if self.steps and self.steps[-1] == step:
+            self.values[-1] = value
+        else:
+            self.steps.append(step)
+            self.values.append(value)
+
+    def sort(self) -> None:
+        """Put steps in order, as after damage; of several values of a step, the last counts."""
+        if any(after <= before for before, after in pairwise(self.steps)):
+            found = dict(zip(self.steps, self.values, strict=True))
+            self.steps = array("q", sorted(found))
+            self.values = array("d", (found[step] for step in self.steps))
+
+    def best(self, mode: Mode) -> tuple[int, float] | None:
+        """Return step and value of the best finite value, the earliest of equals."""
+        finite = [(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)]
+        if not finite:
+            return None
+        return (min if mode == "min" else max)(finite, key=lambda found: found[1])
+
+    def last(self) -> tuple[int, float] | None:
+        """Return the last step and value, or None."""
+        return (self.steps[-1], self.values[-1]) if self.steps else None
+
+    def to_plain(self, limit: int) -> dict[str, Any]:
+        """Return the curve as JSON-compatible values, with at most about ``limit`` points."""
+        kept = downsample(self.values, limit)
+        bad = [i for i, v in enumerate(self.values) if not math.isfinite(v)]
+        return {
+            "x": [self.steps[i] for i in kept],
+            "y": [number(self.values[i]) for i in kept],
+            "points": len(self.steps),
+            "non_finite": len(bad),
+            "first_non_finite": self.steps[bad[0]] if bad else None,
+        }
+
+
+def number(value: float) -> float | None:
+    """Return a number for JSON; None for a non-finite one."""
+    return value if math.isfinite(value) else None
+
+
+def downsample(values: Sequence[float], limit: int) -> list[int]:
+    """Return the indexes of the points to keep, in order.
+
+    Of each bucket, the first, the smallest, the largest and the first non-finite value are kept,
+    and of the curve the last; so are all points if ``limit`` suffices.
+
+    >>> downsample([0.0, 5.0, 1.0, 1.0, -3.0, 1.0, 1.0, 2.0], 5)
+    [0, 1, 4, 7]
+    """
+    count = len(values)
+    if count <= limit:
+        return list(range(count))
+    buckets = max(1, limit // 4)
+    kept = {0, count - 1}
+    isfinite = math.isfinite
+    for bucket in range(buckets):
+        low, high = bucket * count // buckets, (bucket + 1) * count // buckets
+        inside = values[low:high]
+        finite = [value for value in inside if isfinite(value)]
+        if len(finite) < len(inside):
+            kept.add(next(low + i for i, value in enumerate(inside) if not isfinite(value)))
+        kept.add(low)
+        if finite:
+            kept.add(low + inside.index(min(finite)))
+            kept.add(low + inside.index(max(finite)))
+    return sorted(kept)
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Curves of a run by name, and the counters of its last record."""
+
+    curves: dict[str, Curve] = field(default_factory=dict)
+    last_step: int | None = None
+    last_epoch: int | None = None
+
+
+def read_metrics(path: Path, problems: Problems, group: bytes = b"") -> Metrics:
+    """Read the curves of a metrics file; damaged records are counted in a problem.
+
+    Args:
+        path: metrics.jsonl of a run.
+        problems: receives the problems.
+        group: beginning of the names to read, such as ``eval/``; lines without are not parsed.
+    """
+    metrics, omitted, invalid = Metrics(), set[str](), 0
+    mark, prefix = group and b'"' + group, group.decode()
+    for record in read_lines(path, problems, lambda line: mark in line):
+        step = whole(record.get("global_step_id"))
+        if step is None or step < 0:
+            invalid += 1
+            continue
+        metrics.last_step = step
+        metrics.last_epoch = whole(record.get("epoch_id"))
+        earlier = map(mapping, items(record.get("earlier")))
+        entries = [(whole(each.get("step")), each.get("metrics")) for each in earlier]
+        entries.append((step, record.get("metrics")))
+        for at, values in entries:
+            if at is None or not isinstance(values, dict):
+                invalid += 1
+                continue
+            for name, value in values.items():
+                if isinstance(value, str):
+                    value = _NON_FINITE.get(value)
+                if type(value) is int:
+                    value = float(value) if abs(value) < 1e300 else math.inf
+                if type(value) is not float:
+                    invalid += 1
+                    continue
+                if not name.startswith(prefix):
+                    continue
+                curve = metrics.curves.get(name)
+                if curve is None:
+                    if len(metrics.curves) >= MAX_CURVES:
+                        if len(omitted) < 10_000:
+                            omitted.add(name[:MAX_NAME])
+                        continue
+                    curve = metrics.curves.setdefault(name, Curve())
+                curve.add(at, value)
+    for curve in metrics.curves.values():
+        curve.sort()
+    if invalid:
+        problems.add(f"{invalid:,} values of {path.name} are no numbers and are left out")
+    if omitted:
+        problems.add(
+            f"{path.name} has more than {MAX_CURVES} metrics; {len(omitted):,} are left out"
+        )
+    return metrics
+
+
+def to_plain(metrics: Metrics, budget: int = MAX_POINTS) -> dict[str, dict[str, Any]]:
+    """Return all curves as JSON-compatible values, with about ``budget`` points in total."""
+    # Short curves leave their share to long ones.
+    lengths = sorted(len(curve.steps) for curve in metrics.curves.values())
+    rest, limit = budget, MAX_POINTS_OF_CURVE
+    for index, length in enumerate(lengths):
+        share = rest // (len(lengths) - index)
+        if length > share:
+            limit = max(8, min(limit, share))
+            break
+        rest -= length
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted(metrics.curves):
+        shown = name if len(name) <= MAX_NAME else name[:MAX_NAME] + " ..."
+        found[shown] = metrics.curves[name].to_plain(limit)
+    return found

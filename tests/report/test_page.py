@@ -1,0 +1,222 @@
+"""Pages of runs: content of a real run, hostile and damaged files, safety of the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from base64 import b64encode
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from robo_orchard_lab.pipeline.sinks import read_metrics
+from robo_orchard_lab.report.page import render, write
+from robo_orchard_lab.report.story import read_story
+from run_folders import HOSTILE, Page, record, write_metrics
+
+FILES = [
+    "run_state.json",
+    "metrics.jsonl",
+    "events.jsonl",
+    "plan.json",
+    "config.yaml",
+    "starts/0001.json",
+    "checkpoints/step_00000014/manifest.json",
+    "media/index.jsonl",
+]
+
+
+@pytest.fixture
+def run(recorded: Path, tmp_path: Path) -> Path:
+    """Return a copy of a recorded run."""
+    return Path(shutil.copytree(recorded, tmp_path / "first", symlinks=True))
+
+
+def test_the_story_of_a_run_is_complete(recorded: Path) -> None:
+    """A page has the outcome, each logged value, evaluations, events, checkpoints and hooks."""
+    story = Page(render([recorded])).data["runs"][0]
+    verdict = story["verdict"]
+    assert (verdict["state"], verdict["steps"], verdict["epochs"]) == ("completed", 14, 2)
+    logged = [
+        (value.step, value.value)
+        for found in read_metrics(recorded / "metrics.jsonl")
+        for value in found.values
+        if value.name == "loss/total"
+    ]
+    loss = story["series"]["loss/total"]
+    assert [*zip(loss["x"], loss["y"], strict=True)] == logged
+    assert len(logged) == 14
+    [column] = story["evaluations"]["columns"]
+    rows = story["evaluations"]["rows"]
+    best_step, best = min(rows, key=lambda row: row[1])
+    assert [row[0] for row in rows] == [7, 14]
+    assert column == {"name": "eval/val/loss", "mode": "min", "best_step": best_step, "best": best}
+    kinds = [event["event"] for event in story["events"]]
+    assert kinds == ["start", "evaluation", "save", "evaluation", "save", "end"]
+    assert [c["step"] for c in story["checkpoints"]] == [7, 14]
+    assert [c["damage"] for c in story["checkpoints"]] == ["", ""]
+    assert story["checkpoints"][1]["links"] == ["last"]
+    hooks = {(hook["channel"], hook["hook"]) for hook in story["plan"]}
+    assert {("on_step", "OptimizerHook"), ("on_epoch", "validation")} <= hooks
+    assert story["environment"]["versions"]["torch"]
+    assert story["problems"] == []
+
+
+def test_a_page_makes_no_request_and_runs_its_own_scripts_alone(run: Path) -> None:
+    """No tag names an address, and the security policy admits the page's scripts by digest."""
+    page = render([run])
+    parsed = Page(page)
+    for tag, attributes in parsed.tags:
+        assert not {"src", "srcset", "action"} & set(attributes)
+        assert attributes.get("href", "data:,") == "data:,", tag
+        assert not any(name.startswith("on") for name in attributes)
+    policy = next(a["content"] for _, a in parsed.tags if "http-equiv" in a) or ""
+    assert policy.startswith("default-src 'none'; ")
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    [style] = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    assert len(scripts) == 2
+    for source in (*scripts, style):
+        assert f"'sha256-{b64encode(sha256(source.encode()).digest()).decode()}'" in policy
+    assert "unsafe" not in policy
+    assert "innerHTML" not in scripts[1]
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    """Markup in names of runs, hooks, metrics, events and files adds no tag to a page."""
+    folder = write_metrics(tmp_path / "<b>run", [record(1, **{HOSTILE: 1.0, "eval/a/loss": 2.0})])
+    hook = {"channel": HOSTILE, "hook": "<script>alert(1)</script>", "when": HOSTILE}
+    (folder / "plan.json").write_text(json.dumps({"hooks": [hook]}))
+    (folder / "events.jsonl").write_text(json.dumps({"event": HOSTILE, "text": HOSTILE}) + "\n")
+    error = {"type": HOSTILE, "message": HOSTILE, "hook": HOSTILE}
+    (folder / "run_state.json").write_text(json.dumps({"state": "failed", "error": error}))
+    (folder / "config.yaml").write_text(json.dumps({"name": HOSTILE, "hooks": {HOSTILE: {}}}))
+    page = render([folder])
+    harmless = Page(render([write_metrics(tmp_path / "other", [record(1, loss=1.0)])]))
+    parsed = Page(page)
+    assert [tag for tag, _ in parsed.tags] == [tag for tag, _ in harmless.tags]
+    story = parsed.data["runs"][0]
+    assert HOSTILE in story["series"]
+    assert story["plan"][0]["hook"] == "<script>alert(1)</script>"
+    assert story["verdict"]["error"]["message"] == HOSTILE
+    assert page.count("</script>") == 3
+    assert "alert(1)</" not in page
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe\x00", b"[]", b"null\n", b'{"state": [], "hooks": {"a": 1}, "files": [1]}\n'],
+    ids=["empty", "bytes", "list", "null", "types"],
+)
+def test_damaged_files_are_problems_of_the_page(run: Path, file: str, content: bytes) -> None:
+    """A page of a run with a damaged file has the content of all other files."""
+    (run / file).parent.mkdir(parents=True, exist_ok=True)
+    (run / file).write_bytes(content)
+    story = read_story(run)
+    assert story["verdict"]["steps"] == 14
+    if file != "metrics.jsonl":
+        assert len(story["series"]["loss/total"]["x"]) == 14
+    if file == "run_state.json":
+        assert story["verdict"]["state"] == "unknown"
+    if content == b"\xff\xfe\x00":
+        damaged = story["problems"] or [c["damage"] for c in story["checkpoints"]]
+        assert any(Path(file).name in text for text in damaged)
+
+
+@given(st.sampled_from(FILES), st.binary(max_size=200), st.integers(0, 2000))
+@settings(max_examples=60, deadline=None, suppress_health_check=[*HealthCheck])
+def test_no_bytes_in_a_file_end_a_report(
+    recorded: Path, tmp_path_factory: pytest.TempPathFactory, file: str, noise: bytes, at: int
+) -> None:
+    """Bytes that overwrite any part of any file, as by a bad disk, never raise."""
+    folder = tmp_path_factory.mktemp("noise") / "run"
+    shutil.copytree(recorded, folder, symlinks=True)
+    target = folder / file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data = target.read_bytes() if target.exists() else b'{"name": "a", "file": "a.png"}\n' * 3
+    target.write_bytes(data[:at] + noise + data[at + len(noise) :])
+    assert Page(render([folder])).data["runs"][0]["name"]
+
+
+def test_links_and_pipes_in_a_run_folder_are_not_read(run: Path, tmp_path: Path) -> None:
+    """A page has nothing of a file that a link in the run folder names, and waits for no pipe."""
+    secret = tmp_path / "secret"
+    secret.write_text(json.dumps({"hooks": [{"channel": "on_loop", "hook": "secret"}]}))
+    (run / "plan.json").unlink()
+    (run / "plan.json").symlink_to(secret)
+    (run / "events.jsonl").unlink()
+    os.mkfifo(run / "events.jsonl")
+    page = render([run])
+    story = Page(page).data["runs"][0]
+    assert (story["plan"], [p.split()[0] for p in story["problems"]]) == (
+        [],
+        ["events.jsonl", "plan.json"],
+    )
+    assert [event["event"] for event in story["events"]] == ["save", "save"]
+
+
+def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:
+    """A page of a folder without files says what is missing."""
+    story = Page(render([tmp_path])).data["runs"][0]
+    assert [problem.partition(":")[0] for problem in story["problems"]] == [
+        "there are no metrics",
+        "there is no run_state.json",
+    ]
+
+
+def test_a_checkpoint_with_a_missing_byte_is_damaged(run: Path) -> None:
+    """The state of a checkpoint compares sizes of files, and names the file."""
+    file = run / "checkpoints" / "step_00000014" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    damage = [c["damage"] for c in read_story(run)["checkpoints"]]
+    assert damage[0] == ""
+    assert damage[1].startswith("model.safetensors has ")
+
+
+def test_a_comparison_shows_differences_alone(tmp_path: Path) -> None:
+    """The data of a comparison has the differing fields, and runs by distinct names."""
+    for name, lr in (("a", 0.1), ("b", 0.2)):
+        folder = write_metrics(tmp_path / name / "run", [record(1, **{"eval/val/loss": lr})])
+        config = {"name": "same", "seed": 0, "optimizer": {"lr": lr}}
+        (folder / "config.yaml").write_text(json.dumps(config))
+    data = Page(render([tmp_path / "a" / "run", tmp_path / "b" / "run"], sort="eval/val/loss")).data
+    assert data["differences"] == [{"path": "optimizer.lr", "values": ["0.1", "0.2"]}]
+    assert [run["name"] for run in data["runs"]] == ["a/run", "b/run"]
+    assert data["sort"] == "eval/val/loss"
+
+
+def test_images_are_embedded_by_their_content(run: Path) -> None:
+    """A page embeds images and tables; a file that is no image, or outside, is named as such."""
+    media = run / "media"
+    media.mkdir()
+    (media / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
+    (media / "b.png").write_text("<svg onload=alert(1)>")
+    table = {"columns": ["truth"], "rows": [[3], ["<b>"]]}
+    entries = [
+        {"name": "a", "step": 3, "kind": "image", "file": "a.png", "caption": HOSTILE},
+        {"name": "b", "file": "b.png"},
+        {"name": "c", "file": "../run_state.json"},
+        {"name": "d", "kind": "table", "table": table},
+    ]
+    (media / "index.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    found = {item["name"]: item for item in read_story(run)["media"]}
+    assert found["a"]["data"].startswith("data:image/png;base64,")
+    assert (found["b"]["data"], found["b"]["problem"]) == (None, "b.png is no image or video")
+    assert found["c"]["problem"] == "the index names no file within the folder"
+    assert found["d"]["rows"] == [["3"], ["<b>"]]
+
+
+def test_a_page_replaces_the_old_one_or_leaves_it(tmp_path: Path) -> None:
+    """A failed write leaves the old page, and no other file."""
+    write(tmp_path / "report.html", "old")
+    write(tmp_path / "report.html", "new")
+    assert (tmp_path / "report.html").read_text() == "new"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        write(tmp_path / "folder", "page")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "report.html"]
