@@ -50,6 +50,15 @@ def test_the_files_are_built() -> None:
     assert len(head["params"]) == 1  # the bias is in no_decay
 
 
+def test_named_optimizers_and_lr_schedulers_are_fields() -> None:
+    """The page's block with several optimizers replaces those of the file."""
+    (block,) = re.findall(r"```yaml\n(optimizer:.*?)```", PAGE, re.S)
+    Path("several.yaml").write_text(f"base: digits.yaml\n{block}", "utf-8")
+    several = ExperimentConfig.load("several.yaml")
+    assert list(several.optimizer or ()) == ["g", "d"]
+    assert list(several.lr_scheduler or ()) == ["g"]
+
+
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_succeed(
     line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

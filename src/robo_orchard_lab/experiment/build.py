@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -67,7 +67,9 @@ _BIAS = re.compile(r"(^|\.)(bias_[^.]*|([^.]*_)?bias)$")
 
 
 def parameter_groups(
-    model: torch.nn.Module, groups: Mapping[str, Mapping[str, Any]]
+    model: torch.nn.Module,
+    groups: Mapping[str, Mapping[str, Any]],
+    own: Collection[torch.nn.Parameter] | None = None,
 ) -> list[dict[str, Any]]:
     """Build parameter groups for a torch optimizer, in a reproducible order.
 
@@ -89,12 +91,15 @@ def parameter_groups(
             several. ``"norms_and_biases"`` matches the parameters of normalization layers (classes
             named like ``LayerNorm`` or ``BatchNorm2d``, and their subclasses) and parameters named
             ``bias``, ``..._bias`` or ``bias_...``. Other keys are options of the optimizer.
+        own: Parameters to group; None: all parameters of the model.
 
     Raises:
         ConfigFieldError: A pattern matches nothing, or earlier groups contain all parameters of a
             group. The path begins with the group's name.
     """
     named = all_named_parameters(model)
+    if own is not None:
+        named = [(name, parameter) for name, parameter in named if parameter in own]
     group_of: dict[torch.nn.Parameter, str] = {}
     for name, group in groups.items():
         with building(name, "parameters"):
@@ -108,7 +113,7 @@ def parameter_groups(
                 )
         group_of |= dict.fromkeys(free, name)
     members: dict[str | None, list[torch.nn.Parameter]] = {name: [] for name in (None, *groups)}
-    for parameter in model.parameters():
+    for parameter in dict.fromkeys(parameter for _, parameter in named):
         members[group_of.get(parameter)].append(parameter)
     rest = members.pop(None)
     divided: list[dict[str, Any]] = [{"params": rest}] if rest else []
@@ -124,14 +129,17 @@ def _matched(
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         advice = ""
         if pattern == NORMS_AND_BIASES:
-            found = [parameter for name, parameter in named if _BIAS.search(name)]
-            for module in model.modules():
-                if any(_NORM.search(base.__name__) for base in type(module).__mro__):
-                    found += module.parameters(recurse=False)
+            of_norms = {
+                parameter
+                for module in model.modules()
+                if any(_NORM.search(base.__name__) for base in type(module).__mro__)
+                for parameter in module.parameters(recurse=False)
+            }
+            found = [p for name, p in named if _BIAS.search(name) or p in of_norms]
         elif not (found := match_parameters(pattern, named)):
             advice = f"; {suggest_pattern(pattern, named)}"
         if not found:
-            raise ConfigFieldError(f"{pattern!r} matches no parameter of the model{advice}")
+            raise ConfigFieldError(f"{pattern!r} matches no parameter{advice}")
         yield from found
 
 
@@ -214,8 +222,13 @@ def make_loader(config: LoaderConfig) -> DataLoader[Any]:
 
 
 def make_optimizer(config: Any, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Build an optimizer of all parameters of the model, in the configured groups."""
+    """Build an optimizer of the configured parameters, by default all, in their groups."""
     parameters: Iterable[Any] = model.parameters()
+    own = None
+    if (patterns := getattr(config, "parameters", None)) is not None:
+        with building("parameters"):
+            own = {*_matched(model, all_named_parameters(model), patterns)}
+        parameters = [parameter for parameter in parameters if parameter in own]
     if groups := getattr(config, "groups", {}):
         with building("groups"):
             parameters = parameter_groups(
@@ -224,8 +237,38 @@ def make_optimizer(config: Any, model: torch.nn.Module) -> torch.optim.Optimizer
                     name: {"parameters": group.parameters, **group.options()}
                     for name, group in groups.items()
                 },
+                own,
             )
     made: torch.optim.Optimizer = config(parameters)
+    return made
+
+
+def make_optimizers(
+    configs: Mapping[str, Any], model: torch.nn.Module
+) -> dict[str, torch.optim.Optimizer]:
+    """Build optimizers by name; each trainable parameter of the model belongs to one of them.
+
+    Raises:
+        ConfigFieldError: A pattern matches nothing, two optimizers have a parameter, or none has a
+            trainable parameter.
+    """
+    owners: dict[torch.nn.Parameter, str] = {}
+    names = {parameter: name for name, parameter in all_named_parameters(model)}
+    made: dict[str, torch.optim.Optimizer] = {}
+    for name, config in configs.items():
+        with building(name):
+            made[name] = make_optimizer(config, model)
+            for parameter in (p for group in made[name].param_groups for p in group["params"]):
+                if (other := owners.setdefault(parameter, name)) != name:
+                    problem = f"{names[parameter]!r} belongs to the optimizer {other!r} already; "
+                    raise ConfigFieldError(problem + "change the patterns of one", ("parameters",))
+    lacking = [name for p, name in names.items() if p.requires_grad and p not in owners]
+    if lacking:
+        raise ConfigFieldError(
+            f"no optimizer has {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''} "
+            f"({len(lacking)} trainable parameters); add a pattern of their names to one "
+            "optimizer's parameters, or set requires_grad=False in the model"
+        )
     return made
 
 
@@ -242,6 +285,30 @@ def make_lr_scheduler(
     """Build an LR scheduler; ``count_steps`` computes ``auto``."""
     made: LRScheduler = _made_with(_counted(config, count_steps), {"optimizer": optimizer})
     return made
+
+
+def _make_lr_schedulers(
+    configs: Any, optimizers: Any, count_steps: Callable[[LRSchedulerUnit], int]
+) -> Any:
+    """Build the LR scheduler of an optimizer, or LR schedulers by the names of optimizers."""
+    if not isinstance(configs, dict):
+        count = partial(count_steps, lr_scheduler_unit(configs))
+        return make_lr_scheduler(configs, optimizers, count)
+    made = {}
+    for name, config in configs.items():
+        with building(name):
+            if not (isinstance(optimizers, Mapping) and name in optimizers):  # the caller's own
+                raise ConfigFieldError(f"optimizer= lacks {name!r}; pass lr_scheduler= as well")
+            made[name] = _make_lr_schedulers(config, optimizers[name], count_steps)
+    return made
+
+
+def _options(configs: Any, option: str) -> Any:
+    """Return an option of an LR scheduler, or of LR schedulers by name."""
+    if not isinstance(configs, dict):
+        return getattr(configs, option, None)
+    found = {name: _options(config, option) for name, config in configs.items()}
+    return {name: value for name, value in found.items() if value is not None} or None
 
 
 def make_processor(config: Any) -> BatchProcessor:
@@ -329,8 +396,8 @@ class LiveObjects(TypedDict, total=False):
     dataloader: Iterable[Any] | None
     evaluation: Mapping[str, Iterable[Any] | None] | None
     model: torch.nn.Module | None
-    optimizer: torch.optim.Optimizer | None
-    lr_scheduler: LRScheduler | None
+    optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None
+    lr_scheduler: LRScheduler | Mapping[str, LRScheduler] | None
     batch_processor: BatchProcessor | None
     hooks: Mapping[str, HookLike | None] | None
     run_folder: str | os.PathLike[str] | None
@@ -349,12 +416,24 @@ class BuiltExperiment:
     """Loaders of the evaluation sets by name."""
     model: torch.nn.Module
     """Model as built; ``trainer.model`` is prepared by Accelerate."""
-    optimizer: torch.optim.Optimizer | None
-    lr_scheduler: LRScheduler | None
+    optimizers: dict[str, torch.optim.Optimizer]
+    """Optimizers by name; the only one without a name has the key ``""``."""
+    lr_schedulers: dict[str, LRScheduler]
+    """LR schedulers by the names of their optimizers."""
     batch_processor: BatchProcessor
     hooks: dict[str, PipelineHooks]
     """Hooks by name, the outermost first; ``checkpoint`` is the innermost."""
     trainer: HookBasedTrainer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Optimizer; None with named optimizers."""
+        return self.optimizers.get("")
+
+    @property
+    def lr_scheduler(self) -> LRScheduler | None:
+        """LR scheduler; None with named optimizers."""
+        return self.lr_schedulers.get("")
 
 
 def build_experiment(
@@ -365,8 +444,8 @@ def build_experiment(
     dataloader: Iterable[Any] | None = None,
     evaluation: Mapping[str, Iterable[Any] | None] | None = None,
     model: torch.nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    lr_scheduler: LRScheduler | None = None,
+    optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None = None,
+    lr_scheduler: LRScheduler | Mapping[str, LRScheduler] | None = None,
     batch_processor: BatchProcessor | None = None,
     hooks: Mapping[str, HookLike | None] | None = None,
     run_folder: str | os.PathLike[str] | None = None,
@@ -396,8 +475,9 @@ def build_experiment(
         evaluation: Loaders by name, in place of or in addition to ``data.evaluation``; None
             removes a set.
         model: Model, prepared or not.
-        optimizer: Optimizer of the model's parameters.
-        lr_scheduler: LR scheduler of the optimizer; it steps at ``lr_scheduler.every``, if set.
+        optimizer: Optimizer of the model's parameters, or optimizers by name.
+        lr_scheduler: LR scheduler of the optimizer, or LR schedulers by its name; it steps at
+            ``lr_scheduler.every``, if set.
         batch_processor: Batch processor.
         hooks: Hooks by name, in place of the described ones or after them; None removes one. A
             config is built with its paths unchanged.
@@ -425,17 +505,18 @@ def build_experiment(
                 model = _make_model(_described(experiment.model, "model"))
         if optimizer is None and experiment.optimizer is not None:
             with building("optimizer"):
-                optimizer = make_optimizer(experiment.optimizer, model)
+                described = experiment.optimizer
+                make: Any = make_optimizers if isinstance(described, dict) else make_optimizer
+                optimizer = make(described, model)
         if lr_scheduler is None and scheduler_config is not None:
+            count = partial(count_lr_scheduler_steps, dataloader, accelerator, limits)
             with building("lr_scheduler"):
-                assert optimizer is not None  # checked by the experiment
-                unit = lr_scheduler_unit(scheduler_config)
-                count = partial(count_lr_scheduler_steps, dataloader, accelerator, limits, unit)
-                lr_scheduler = make_lr_scheduler(scheduler_config, optimizer, count)
+                lr_scheduler = _make_lr_schedulers(scheduler_config, optimizer, count)
         if batch_processor is None:
             with building("batch_processor"):
-                described = _described(experiment.batch_processor, "batch_processor")
-                batch_processor = make_processor(described)
+                batch_processor = make_processor(
+                    _described(experiment.batch_processor, "batch_processor")
+                )
         built_hooks = build_hooks(experiment, hooks or {}, loaders, folder)
     resume = experiment.resume if resume is None else resume
     trainer = HookBasedTrainer(
@@ -449,8 +530,8 @@ def build_experiment(
         max_step=limits.max_step,
         max_optimizer_step=limits.max_optimizer_step,
         max_epoch=limits.max_epoch,
-        lr_scheduler_every=getattr(scheduler_config, "every", None),
-        lr_scheduler_monitor=getattr(scheduler_config, "monitor", None),
+        lr_scheduler_every=_options(scheduler_config, "every"),
+        lr_scheduler_monitor=_options(scheduler_config, "monitor"),
         run_folder=folder,
         resume_from=None if resume == "never" else resume,
         data_order=DataOrder(seed=experiment.seed, **dict(experiment.data.order)),
@@ -465,12 +546,18 @@ def build_experiment(
         dataloader,
         loaders,
         model,
-        optimizer,
-        lr_scheduler,
+        _by_name(optimizer),
+        _by_name(lr_scheduler),
         batch_processor,
         built_hooks,
         trainer,
     )
+
+
+def _by_name(objects: Any) -> dict[str, Any]:
+    if isinstance(objects, Mapping):
+        return dict(objects)
+    return {} if objects is None else {"": objects}
 
 
 def make_accelerator(config: AcceleratorConfig, run_folder: Path) -> Accelerator:

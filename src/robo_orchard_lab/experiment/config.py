@@ -14,7 +14,7 @@ from robo_orchard_core.utils.config.errors import Path
 from robo_orchard_core.utils.config.formats import check_plain
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust, with_definitions
 from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
-from robo_orchard_lab.experiment.overrides import NAMED_ENTRIES, Override, from_mapping
+from robo_orchard_lab.experiment.overrides import Override, from_mapping, has_named_entries
 from robo_orchard_lab.experiment.parts import CHECKPOINT, ExperimentFields
 from robo_orchard_lab.experiment.prevalidation import check_renamed_fields, prevalidate
 
@@ -135,14 +135,16 @@ class ExperimentConfig(ExperimentFields):
         """Return the errors of a document without its refused fields and named entries."""
         fields, removed = deepcopy(document.document), []
         for path in refused:
-            entry = next((named for named in NAMED_ENTRIES if path[: len(named)] == named), ())
-            removed.append(path[: len(entry) + 1])
-            *above, last = removed[-1]
             holder: Any = fields
-            for key in above:
+            smallest, length = fields, 1  # the innermost mapping of named entries around the value
+            for depth, key in enumerate(path[:-1], start=1):
                 holder = holder.get(key) if isinstance(holder, dict) else None
-            if isinstance(holder, dict):
-                holder.pop(last, None)
+                if isinstance(holder, dict) and has_named_entries(path[:depth], holder):
+                    smallest, length = holder, depth + 1
+            removed.append(path[:length])
+            smallest.pop(str(path[length - 1]), None)
+            if path[0] == "optimizer" and length <= 2:
+                removed.append(("lr_scheduler",))  # can't be checked without the optimizer
         try:
             cls._validated(replace(document, document=fields), trust)
         except ConfigError as error:
@@ -179,12 +181,13 @@ class ExperimentConfig(ExperimentFields):
         return None
 
     def locate(self, owner: str, *setting: str | int) -> str:
-        """Return the place of a setting of a hook, ``lr_scheduler`` or ``data``, for messages.
+        """Return the place of a setting of a hook, an optimizer, ... or ``data``, for messages.
 
         File and line, option or variable, and the dotted path.
         """
-        parts = {CHECKPOINT: (CHECKPOINT,), "lr_scheduler": ("lr_scheduler",), "data": _TRAIN}
-        path = (*parts.get(owner, ("hooks", owner)), *setting)
+        fields = (CHECKPOINT, "optimizer", "lr_scheduler")
+        part = (owner,) if owner in fields else _TRAIN if owner == "data" else ("hooks", owner)
+        path = (*part, *setting)
         error = ConfigError("", path)
         if self.document is not None:
             self.document.locate(error)

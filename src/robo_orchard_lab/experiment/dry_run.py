@@ -47,7 +47,7 @@ class MemoryUse:
     """Memory of a process in bytes.
 
     Attributes:
-        optimizer: State of the optimizer after an update.
+        optimizer: State of the optimizers after an update.
         peak: Peak until the first update.
         peak_on: Device of the peak; ``"process"`` for the host memory of the process.
     """
@@ -66,7 +66,7 @@ class MemoryUse:
             return sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
 
         parameters = [*trainer.model.parameters()]
-        states = [] if trainer.optimizer is None else [*trainer.optimizer.state.values()]
+        states = [state for each in trainer.optimizers.values() for state in each.state.values()]
         device = trainer.accelerator.device
         if device.type == "cuda":
             peak, peak_on = torch.cuda.max_memory_allocated(device), str(device)
@@ -127,7 +127,7 @@ def dry_run(experiment: ExperimentConfig) -> DryRun:
             built.trainer.model,
             built.dataloader,
             built.batch_processor,
-            built.trainer.optimizer,
+            built.trainer.optimizer or built.trainer.optimizers or None,
             hooks=[bundle],
             max_step=1,
         )

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -201,12 +201,18 @@ def build_hook_set(experiment: ExperimentConfig) -> PipelineHooks:
 
     from robo_orchard_lab.experiment.build import build_hooks
     from robo_orchard_lab.pipeline import PipelineHooks
-    from robo_orchard_lab.pipeline.hooks import OptimizerHook
+    from robo_orchard_lab.pipeline.hooks.optimizer import NamedOptimizersHook, OptimizerHook
 
     hooks = PipelineHooks()
     if experiment.optimizer is not None:
         placeholder = torch.optim.SGD([torch.zeros(())], lr=0.0)
-        hooks += OptimizerHook(Accelerator(cpu=True), placeholder, None, hooks)
+        hook = partial(OptimizerHook, Accelerator(cpu=True), placeholder, None, hooks)
+        described = experiment.optimizer
+        if isinstance(described, dict):
+            named = [hook(optimizer_name=name) for name in described]
+            hooks += NamedOptimizersHook(named, None)
+        else:
+            hooks += hook()
     sets = {name: [None] for name in experiment.data.evaluation}
     hooks += PipelineHooks.from_hooks(build_hooks(experiment, {}, sets, experiment.folder()))
     return hooks

@@ -2,8 +2,8 @@
 
 Mappings are merged key by key, in the order of the lower document; other values are replaced. A
 mapping that names another class or function replaces the lower mapping, whose keys are arguments
-of other code. ``null`` removes an entry with a user-chosen name: a hook, an evaluation set, a
-parameter group.
+of other code; so do named optimizers in place of one optimizer, and the reverse. ``null`` removes
+an entry with a user-chosen name: a hook, an evaluation set, an optimizer, a parameter group.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, TypeAlias
 
-from robo_orchard_core.utils.config import formats
+from robo_orchard_core.utils.config import Config, formats
 from robo_orchard_core.utils.config.errors import (
     ConfigError,
     ConfigFieldError,
@@ -26,7 +26,7 @@ from robo_orchard_core.utils.config.errors import (
     suggest_name,
 )
 from robo_orchard_core.utils.config.formats import Plain, check_plain, check_utf8
-from robo_orchard_core.utils.config.parts import PART_KEYS
+from robo_orchard_core.utils.config.parts import PART_KEYS, is_part
 
 Layer = Literal["command line", "environment", "code", "file", "default"]
 """Sources of a value, the strongest first."""
@@ -111,10 +111,34 @@ def leaves(value: Plain, path: Path = ()) -> Iterator[tuple[Path, Plain]]:
         yield from leaves(item, (*path, key))
 
 
-NAMED_ENTRIES: frozenset[Path] = frozenset(
-    {("hooks",), ("data", "evaluation"), ("optimizer", "groups")}
-)
-"""Mappings whose keys are user-chosen names."""
+OPTIMIZERS: frozenset[Path] = frozenset({("optimizer",), ("lr_scheduler",)})
+"""Fields that hold one part, or parts by the names of optimizers; see `are_named_parts`."""
+
+
+def are_named_parts(value: object) -> bool:
+    """Return True for parts by name, False for one part and for other values.
+
+    >>> are_named_parts({"g": {"class_type": "torch.optim:Adam"}, "d": {}})
+    True
+    >>> are_named_parts({"class_type": "mine:Lookahead", "base": {"class_type": "torch.optim:SGD"}})
+    False
+    """
+    if not isinstance(value, Mapping) or is_part(value):
+        return False
+    inner = [*value.values()]
+    are_configs = bool(inner) and all(isinstance(part, Mapping | Config) for part in inner)
+    return are_configs or any(map(is_part, inner))
+
+
+def has_named_entries(path: Path, value: object) -> bool:
+    """Return True if the keys of the mapping at a path are user-chosen names."""
+    if path in OPTIMIZERS:
+        return are_named_parts(value)
+    if path[:1] == ("optimizer",) and len(path) <= 3 and path[-1] == "groups":
+        # Not of an optimizer with this name, and mostly not of an argument's own mapping.
+        return not is_part(value) and (len(path) == 2 or are_named_parts(value))
+    return path in (("hooks",), ("data", "evaluation"))
+
 
 _MAX_COMPARED = 200  # names compared with a misspelled one
 
@@ -156,6 +180,14 @@ def names_other_code(beneath: dict[str, Plain], above: dict[str, Plain]) -> bool
     return bool(old) and any(old.get(key) != name for key, name in new.items())
 
 
+def _has_other_form(beneath: dict[str, Plain], above: dict[str, Plain]) -> bool:
+    """Return True for one optimizer over named ones, and for named ones over one."""
+    if is_part(above):
+        return not is_part(beneath) and any(map(is_part, beneath.values()))
+    is_new = bool(above) and beneath.keys().isdisjoint(above)
+    return is_part(beneath) and is_new and all(map(is_part, above.values()))
+
+
 class _Merger:
     """Merge of two documents, with the origins of the result."""
 
@@ -165,15 +197,19 @@ class _Merger:
         self.origins: Origins = {}
 
     def mapping(self, beneath: Plain, above: dict[str, Plain], path: Path) -> dict[str, Plain]:
-        is_merged = isinstance(beneath, dict) and not names_other_code(beneath, above)
+        is_merged = isinstance(beneath, dict) and not (
+            names_other_code(beneath, above)
+            or (path in OPTIMIZERS and _has_other_form(beneath, above))
+        )
         below: dict[str, Plain] = beneath if is_merged else {}  # type: ignore[assignment]  # a dict
         self._copy_origin(self._beneath if is_merged else self._above, path)
+        has_names = has_named_entries(path, below or above)
         result: dict[str, Plain] = {}
         for key in (*below, *(key for key in above if key not in below)):
             inner = (*path, key)
             if key not in above:
                 result[key] = self._unmerged(below[key], inner, self._beneath)
-            elif above[key] is not None or path not in NAMED_ENTRIES:
+            elif above[key] is not None or not has_names:
                 result[key] = self._value(below.get(key), above[key], inner)
             elif key not in below:
                 advice = suggest_name(key, [*islice(below, _MAX_COMPARED)], "there is")

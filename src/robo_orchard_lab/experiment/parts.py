@@ -15,23 +15,33 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import (
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
     PlainValidator,
+    Tag,
     model_validator,
 )
 
 from robo_orchard_core.utils.config import (
     ClassConfig,
     Config,
+    ConfigError,
     ConfigFieldError,
     FieldsOf,
     Function,
     Part,
 )
-from robo_orchard_core.utils.config.errors import at_path, describe, unknown_field, validate_value
+from robo_orchard_core.utils.config.errors import (
+    at_path,
+    describe,
+    suggest_name,
+    unknown_field,
+    validate_value,
+)
 from robo_orchard_core.utils.config.parts import CONFIG_BASES, FIELD_TYPES, UNTYPED_PARAMETERS
 from robo_orchard_core.utils.config.references import union_members
+from robo_orchard_lab.experiment.overrides import are_named_parts
 from robo_orchard_lab.foreign_fields import Form, foreign_remedy
 
 ResumeEffect: TypeAlias = Literal["harmless", "trajectory", "impossible"]
@@ -138,7 +148,7 @@ HooksPart: TypeAlias = Annotated[Any, Part("robo_orchard_lab.pipeline.hook_set:P
 OptimizerPart: TypeAlias = Annotated[
     Any, Part("torch.optim.optimizer:Optimizer", given=("params",))
 ]
-"""Optimizer, with optional parameter groups."""
+"""Optimizer of all or some parameters, with optional parameter groups."""
 
 LRSchedulerPart: TypeAlias = Annotated[
     Any, Part("torch.optim.lr_scheduler:LRScheduler", given=("optimizer",))
@@ -146,6 +156,23 @@ LRSchedulerPart: TypeAlias = Annotated[
 """LR scheduler, which may hold other LR schedulers."""
 
 FIELD_TYPES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerPart
+
+_ONE, _NAMED = "one part", "named parts"  # labels that no key of a mapping has
+_BY_FORM = Discriminator(lambda value: _NAMED if value == {} or are_named_parts(value) else _ONE)
+if TYPE_CHECKING:
+    Optimizers: TypeAlias = Any
+    LRSchedulers: TypeAlias = Any
+else:
+    Optimizers = Annotated[
+        Annotated[OptimizerPart, Tag(_ONE)] | Annotated[dict[str, OptimizerPart], Tag(_NAMED)],
+        _BY_FORM,
+    ]
+    """One optimizer, or several by name."""
+    LRSchedulers = Annotated[
+        Annotated[LRSchedulerPart, Tag(_ONE)] | Annotated[dict[str, LRSchedulerPart], Tag(_NAMED)],
+        _BY_FORM,
+    ]
+    """One LR scheduler, or several by the names of their optimizers."""
 
 CheckpointPart: TypeAlias = Annotated[
     Any, FieldsOf("robo_orchard_lab.pipeline.hooks.save_checkpoint:SaveCheckpointConfig")
@@ -271,6 +298,10 @@ class ParameterGroup(Config):
 class OptimizerConfig(ClassConfig[Any]):
     """Fields of every optimizer, in addition to its own parameters."""
 
+    parameters: str | list[str] | None = Field(
+        default=None,
+        description="Patterns of the optimizer's parameters, such as 'generator.*'; null: all.",
+    )
     groups: dict[str, ParameterGroup] = Field(
         default={}, description="Parameter groups by name; the first match counts."
     )
@@ -374,6 +405,51 @@ CHECKPOINT = "checkpoint"
 """Name of the hook that the field of this name describes."""
 
 
+def _check_optimizers(optimizer: Any, lr_scheduler: Any) -> None:
+    """Check the names of optimizers, and that each has its parameters."""
+    are_named = isinstance(optimizer, dict)
+    if are_named:
+        with at_path("optimizer"):
+            _check_named(optimizer)
+    if lr_scheduler is None:
+        return
+    with at_path("lr_scheduler"):
+        if optimizer is None:
+            raise ConfigFieldError("requires an optimizer; set optimizer")
+        if are_named and not isinstance(lr_scheduler, dict):
+            raise ConfigFieldError(
+                "expected LR schedulers by the names of their optimizers, found one without a "
+                f"name; write {next(iter(optimizer))}: {{class_type: ...}}"
+            )
+        if isinstance(lr_scheduler, dict) and not are_named:
+            raise ConfigFieldError(
+                "expected one LR scheduler, without a name like its optimizer, found a mapping of "
+                "names; write class_type or func in it"
+            )
+        for name in (name for name in lr_scheduler if are_named and name not in optimizer):
+            advice = suggest_name(name, optimizer, "there is")
+            raise ConfigFieldError(f"there is no optimizer of this name; {advice}", (name,))
+
+
+def _check_named(optimizers: Mapping[str, Config]) -> None:
+    if not optimizers:
+        raise ConfigFieldError("expected an optimizer, or several by name, found {}; write null")
+    for name, config in optimizers.items():
+        with at_path(name):
+            if not name.isidentifier():
+                raise ConfigFieldError("expected a name of letters, digits and underscores")
+            for each in optimizers.values():  # --optimizer.lr would be ambiguous
+                if name in type(each).model_fields:
+                    owner = type(each).__name__.removesuffix("Config")
+                    problem = f"expected the name of an optimizer, found a field of {owner}"
+                    raise ConfigFieldError(f"{problem}; choose another name")
+            if len(optimizers) > 1 and getattr(config, "parameters", None) is None:
+                raise ConfigError(  # no field error: the option null is not the pattern "null"
+                    "with several optimizers, each needs the patterns of its parameters, such as "
+                    f"parameters: '{name}.*'"
+                )
+
+
 class ExperimentFields(Config):
     """Fields of an experiment; `ExperimentConfig` adds reading from files and building."""
 
@@ -408,13 +484,16 @@ class ExperimentFields(Config):
         description="Turns a batch into outputs and loss; a function is forward(model, batch); "
         "null: passed to build()."
     )
-    optimizer: Annotated[OptimizerPart | None, _SAVED] = Field(
-        default=None, description="Optimizer, with optional parameter groups."
+    optimizer: Annotated[Optimizers | None, _SAVED] = Field(
+        default=None, description="Optimizer, or optimizers by name."
     )
     lr_scheduler: Annotated[
-        LRSchedulerPart | None,
+        LRSchedulers | None,
         OnResume("impossible", _OTHER_CODE, {**_LR_SCHEDULER_STEPS, "*": _SAVED}),
-    ] = Field(default=None, description="LR scheduler; its integers may be auto.")
+    ] = Field(
+        default=None,
+        description="LR scheduler, or LR schedulers by optimizer; integers may be auto.",
+    )
     hooks: dict[str, HooksPart] = Field(
         default={}, description="Hooks by name; the first is the outermost."
     )
@@ -448,8 +527,7 @@ class ExperimentFields(Config):
                 "this name belongs to the hook of the field `checkpoint`; rename the hook",
                 ("hooks", CHECKPOINT),
             )
-        if self.lr_scheduler is not None and self.optimizer is None:
-            raise ConfigFieldError("requires an optimizer; set optimizer", ("lr_scheduler",))
+        _check_optimizers(self.optimizer, self.lr_scheduler)
         hooks: dict[tuple[str, ...], Any] = {("hooks", n): hook for n, hook in self.hooks.items()}
         if self.checkpoint is not None:
             hooks[CHECKPOINT,] = self.checkpoint

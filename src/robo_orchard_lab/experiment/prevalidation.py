@@ -32,7 +32,13 @@ from robo_orchard_core.utils.config.references import split_reference, union_mem
 from robo_orchard_core.utils.untrusted_text import MAX_NAME_BYTES, path_problem
 from robo_orchard_lab.experiment.catalogue import DEFINITIONS, kind_of, suggest
 from robo_orchard_lab.experiment.document import ExperimentDocument, check_bounds
-from robo_orchard_lab.experiment.overrides import NAMED_ENTRIES, origin_of, walk
+from robo_orchard_lab.experiment.overrides import (
+    OPTIMIZERS,
+    are_named_parts,
+    has_named_entries,
+    origin_of,
+    walk,
+)
 from robo_orchard_lab.experiment.parts import ExperimentFields
 from robo_orchard_lab.experiment.run_folder import find_escaping_link, has_only_other_files
 from robo_orchard_lab.foreign_fields import foreign_remedy
@@ -60,12 +66,11 @@ _KINDS_BY_PATH: dict[Path, str] = {
 
 _CATALOGUED_PACKAGES = {name.partition(".")[0] for name in DEFINITIONS}
 
-_REQUIRED_KEYS: dict[Path, frozenset[str]] = {
-    ("hooks",): frozenset(PART_KEYS),
-    ("data", "evaluation"): frozenset({"dataset"}),
-    ("optimizer", "groups"): frozenset({"parameters"}),
+_REQUIRED_KEYS: dict[str, frozenset[str]] = {
+    "evaluation": frozenset({"dataset"}),
+    "groups": frozenset({"parameters"}),
 }
-"""Keys of which each named entry must have one."""
+"""Keys of which each entry of such a mapping must have one; others hold parts."""
 
 _MAX_COMPARED = 200  # names compared with a misspelled one
 
@@ -112,13 +117,13 @@ def _problems(document: ExperimentDocument, trust: Trust) -> Iterator[ConfigErro
         key = path[-1] if path else ""
         if not str(key).isprintable():  # names of hooks, sets and metrics are printed in logs
             yield ConfigFieldError("expected a printable key", path)
-        if path in NAMED_ENTRIES:
+        if has_named_entries(path, value):
             yield from _entry_problems(path, value)
         # A function may be named alone, as in `collate_fn: m:f`.
         if key in PART_KEYS or (key in _FUNCTION_KEYS and isinstance(value, str)):
             yield from _reference_problems(path, value, trust)
         if isinstance(value, dict):
-            yield from _kind_problems(path, value)
+            yield from _kind_problems(path, value, fields)
             yield from _tracker_problems(path, value, trust)
             yield from _weights_problems(path, value)
     yield from _run_folder_problems(document)
@@ -168,11 +173,17 @@ def _entry_problems(path: Path, value: Plain) -> Iterator[ConfigError]:
     if not isinstance(value, dict):
         yield ConfigFieldError(f"expected a mapping of names, found {describe(value)}", path)
         return
+    required = _REQUIRED_KEYS.get(str(path[-1]), frozenset(PART_KEYS))
     incomplete: str | None = None
     for name, entry in value.items():
         if not isinstance(entry, dict):
-            yield ConfigFieldError(f"expected a mapping, found {describe(entry)}", (*path, name))
-        elif incomplete is None and _REQUIRED_KEYS[path].isdisjoint(entry):
+            advice = ""
+            if path in OPTIMIZERS:
+                several = ", ".join(key for key in value if isinstance(value[key], dict))
+                advice = f"; these are named: {several}; write fields inside of each"
+            problem = f"expected a mapping, found {describe(entry)}{advice}"
+            yield ConfigFieldError(problem, (*path, name))
+        elif incomplete is None and required.isdisjoint(entry):
             incomplete = name
     # An override of one field under a misspelled name would create a new entry. Only the first
     # incomplete entry is compared: to compare thousands takes a minute.
@@ -214,14 +225,29 @@ def _reference_problems(path: Path, reference: Plain, trust: Trust) -> Iterator[
         yield ConfigReferenceError(f"{reference!r} can't be named in a document", path)
 
 
-def _kind_problems(path: Path, part: dict[str, Plain]) -> Iterator[ConfigError]:
+def _kind_problems(
+    path: Path, part: dict[str, Plain], fields: Mapping[str, Plain]
+) -> Iterator[ConfigError]:
     """Refuse catalogued code of another kind; the kind of other code is unknown here."""
     expected = _KINDS_BY_PATH.get(path)
     if len(path) == 2 and path[0] == "hooks":
         expected = "a hook"
+    elif len(path) == 2 and path[:1] in OPTIMIZERS and are_named_parts(fields[str(path[0])]):
+        expected = _KINDS_BY_PATH[path[:1]]
+    if expected == "an optimizer" and "params" in part:
+        problem = "the run passes the parameters; write their patterns as parameters: 'layers.*'"
+        yield ConfigFieldError(problem, (*path, "params"))
     for key in PART_KEYS if expected else ():
         name = part.get(key)
         kind = kind_of(name) if isinstance(name, str) else None
+        if path in OPTIMIZERS and kind == expected:
+            for inner, value in part.items():
+                if isinstance(value, dict) and kind_of(str(value.get(key))) == expected:
+                    yield ConfigFieldError(
+                        f"expected {expected} or a mapping of names, found both; give the part "
+                        f"with {key}: {name} a name, too",
+                        (*path, inner),
+                    )
         is_called = key == "func" and expected == "a batch processor"
         if kind not in (None, expected) and not is_called:
             yield ConfigReferenceError(

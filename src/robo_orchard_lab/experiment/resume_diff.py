@@ -15,7 +15,7 @@ from robo_orchard_core.utils.config.errors import dotted
 from robo_orchard_core.utils.config.formats import first_difference
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_core.utils.config.references import union_members
-from robo_orchard_lab.experiment.overrides import walk
+from robo_orchard_lab.experiment.overrides import OPTIMIZERS, are_named_parts, walk
 from robo_orchard_lab.experiment.parts import (
     AUTO,
     HARMLESS,
@@ -120,19 +120,23 @@ def _default_argument(part: Mapping[str, Any], argument: str, other: Any) -> Any
 
 def _rule(path: tuple[str, ...], old: Any, new: Any, document: Mapping[str, Any]) -> OnResume:
     """Return the resume rule of a changed value; ``document`` belongs to the resumed run."""
+    if path[:1] in OPTIMIZERS and are_named_parts(_at(document, path[0])):
+        path = (path[0], *path[2:])  # the rule of an optimizer does not depend on its name
     match path:
         case ("hooks", _, *inner):
             return _hook_rule(path[:2], inner, old, new, document)
         case ("trainer", limit) if limit.startswith("max_"):
-            scheduler = document.get("lr_scheduler")
+            scheduler: Any = document.get("lr_scheduler")
             if any(value == AUTO for _, value in walk(scheduler)):
                 why = (
                     f"auto in lr_scheduler keeps the checkpoint's number, counted for {limit} "
                     f"{old}: its curve ends there; start a new run for {new}"
                 )
                 return OnResume("trajectory", why)
-            total = _at(scheduler, "total_steps") or _at(scheduler, "total_iters")
-            if isinstance(total, int):
+            schedulers = [scheduler, *(scheduler.values() if are_named_parts(scheduler) else ())]
+            totals = (_at(s, key) for s in schedulers for key in ("total_steps", "total_iters"))
+            total = next((total for total in totals if isinstance(total, int)), None)
+            if total is not None:
                 why = f"lr_scheduler still ends after {total} steps; start a new run to change it"
                 return OnResume(_declared_rule(path).effect, why)
         case ("data", "train", "num_workers"):

@@ -52,7 +52,7 @@ _FILE_FIELDS: Json = {
         "type": "string",
         "pattern": r"^[^/\\]+$",
         "description": "File in the same folder on which this variant is based; null removes a "
-        "hook, an evaluation set or a parameter group.",
+        "hook, an evaluation set, a named optimizer or a parameter group.",
     },
 }
 _KEYS = {
@@ -173,6 +173,17 @@ class _ExperimentSchema(GenerateJsonSchema):
                 self._reference_to_part(Part(object, functions="call")),
             ]
         }
+
+    def tagged_union_schema(self, schema: Any) -> Json:
+        # One optimizer, or mappings without the keys of a part by name.
+        one, named = map(self.generate_inner, schema["choices"].values())
+        are_named = {
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": {"type": ["object", "null"]},
+            "not": {"anyOf": [{"required": [key]} for key in _KEYS]},
+        }
+        return {"if": are_named, "then": named, "else": one}
 
     def is_subclass_schema(self, schema: Any) -> Json:
         names = [reference_to(schema["cls"])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from numbers import Real
@@ -251,6 +251,7 @@ ForwardResult: TypeAlias = (
     | tuple[Any, torch.Tensor, float | torch.Tensor]
     | tuple[Any, Mapping[str, torch.Tensor]]
     | NamedSteps
+    | Iterator[tuple[str, torch.Tensor]]  # named steps without outputs, as many annotate them
 )
 """Outputs, loss and, optionally, the weight of the loss. With several optimizers: outputs and
 losses by optimizer, or named steps."""
