@@ -20,8 +20,10 @@ import ast
 import io
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from types import SimpleNamespace
+from typing import Any, Protocol, TypeAlias, cast
 
 import pytest
 import torch
@@ -101,7 +103,7 @@ def check_port(port: Port, folder: Path) -> None:
     loop has to restore its state from its checkpoint.
     """
     plain = folder / "plain"
-    plain.mkdir(exist_ok=True)
+    plain.mkdir(parents=True, exist_ok=True)
     expected = port.train_plainly(plain)
     trainer = train(port, folder / "straight")
     assert_same(port.state_of(trainer, folder / "straight"), expected)
@@ -110,6 +112,17 @@ def check_port(port: Port, folder: Path) -> None:
     resumed = train(port, folder / "resumed", (steps // 3 | 1, 2 * steps // 3 | 1))
     assert_same(port.state_of(resumed, folder / "resumed"), expected)
     assert_same(port.train_plainly(plain), expected)
+
+
+def in_precision(port: Any, precision: str) -> Port:
+    """Return a port whose ``train_plainly`` and ``build`` accept ``precision``, such as "bf16"."""
+    functions = {
+        "train_plainly": partial(port.train_plainly, precision=precision),
+        "build": partial(port.build, precision=precision),
+        "state_of": port.state_of,
+    }
+    made: Any = SimpleNamespace(**functions, __name__=port.__name__, __file__=port.__file__)
+    return cast("Port", made)
 
 
 class StopAfter(PipelineHooks):

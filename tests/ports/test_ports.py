@@ -10,16 +10,21 @@ import pytest
 import act_policy
 import byol
 import classification
+import dcgan
 import diffusion_policy
 import dqn
 import gpt
+import sac
 import token_weighted_lm
+import vqgan
 from launching import SCRIPTS, launch
-from porting import SECTIONS, Port, StopAfter, assert_same, check_port, code_lines
+from porting import SECTIONS, Port, StopAfter, assert_same, check_port, code_lines, in_precision
 from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.testing import prove_resume
 
+WITH_SEVERAL_OPTIMIZERS: list[Port] = [dcgan, vqgan, sac]
 PORTS: list[Port] = [
+    *WITH_SEVERAL_OPTIMIZERS,
     gpt,
     diffusion_policy,
     act_policy,
@@ -50,8 +55,22 @@ def test_token_weighted_lm_equals_the_plain_loop_on_two_ranks(tmp_path: Path) ->
     launch(SCRIPTS / "port_on_ranks.py", "token_weighted_lm", tmp_path)
 
 
+@pytest.mark.parametrize("port", WITH_SEVERAL_OPTIMIZERS, ids=lambda port: port.__name__)
+def test_several_optimizers_equal_the_plain_loop_in_bf16(port: Port, tmp_path: Path) -> None:
+    """Under autocast, the weights and states of all optimizers equal the plain loop's as well."""
+    check_port(in_precision(port, "bf16"), tmp_path)
+
+
+@pytest.mark.parametrize("port", WITH_SEVERAL_OPTIMIZERS, ids=lambda port: port.__name__)
+def test_several_optimizers_equal_the_plain_loop_on_two_ranks(port: Port, tmp_path: Path) -> None:
+    """On two ranks, they equal those of a loop that averages its gradients by hand."""
+    launch(SCRIPTS / "port_on_ranks.py", port.__name__, tmp_path, "no", "bf16")
+
+
 @pytest.mark.filterwarnings(SEQUENTIAL_LR)
-@pytest.mark.parametrize("port", [classification, diffusion_policy], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "port", [classification, diffusion_policy, dcgan], ids=lambda p: p.__name__
+)
 def test_experiment_file_trains_the_same(port: Port, tmp_path: Path) -> None:
     """The port's experiment file, stopped and resumed, ends in the plain loop's state."""
     expected = port.train_plainly(tmp_path)
@@ -71,7 +90,7 @@ def test_experiment_file_trains_the_same(port: Port, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("port", "stops"), [(gpt, [6, 19]), (dqn, [5, 24])])
+@pytest.mark.parametrize(("port", "stops"), [(gpt, [6, 19]), (dqn, [5, 24]), (vqgan, [7, 12])])
 def test_resume_is_proven(port: Port, stops: list[int]) -> None:
     """Every step of the resumed training equals the uninterrupted one, in separate processes."""
     prove_resume(port.build, None, stops).check()

@@ -1,4 +1,7 @@
-"""Train a port on several ranks: in its plain loop, with the trainer, and stopped and resumed."""
+"""Train a port on several ranks: in its plain loop, with the trainer, and stopped and resumed.
+
+Arguments: module, folder, and precisions, each with a subfolder, for a port that accepts them.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,19 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 
 from launching import end_group
-from porting import check_port
+from porting import check_port, in_precision
 
 if __name__ == "__main__":
-    name, folder = sys.argv[1:]
+    name, folder, *precisions = sys.argv[1:]
     torch.use_deterministic_algorithms(True)
-    check_port(import_module(name), Path(folder))
+    port = import_module(name)
+    if not precisions:
+        check_port(port, Path(folder))
+    for precision in precisions:
+        PartialState(cpu=True)  # starts the process group, also for the plain loop
+        check_port(in_precision(port, precision), Path(folder, precision))
+        AcceleratorState._reset_state()  # keeps the process group
     end_group()
