@@ -17,14 +17,16 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from launching import end_group, launch
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks
+from robo_orchard_lab.pipeline.hooks.ema import EMAConfig
 from robo_orchard_lab.pipeline.hooks.metric_tracker import MetricTrackerConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHookArgs
 from robo_orchard_lab.pipeline.hooks.validation import ValidationHookConfig
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.trigger import EverySteps
-from tiny import make_model
+from tiny import equal, make_model
 
 SIZES = (1, 7, 64, 65)
 
@@ -315,12 +317,133 @@ def tracked(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, A
     return {"batches": batches, "records": records}
 
 
+class Measure(Classify):
+    """Processor with an evaluation step that returns named values."""
+
+    def forward(self, model: Any, batch: Batch) -> Any:
+        raise AssertionError("evaluations use evaluation_forward")
+
+    def evaluation_forward(self, model: Any, batch: Batch) -> Any:
+        outputs, loss = super().forward(model, batch)
+        is_odd = batch["id"] % 2 == 1
+        values = {
+            "loss": loss,
+            "l1": (outputs[:, 0] - batch["target"]).abs().mean(),
+            "first_id": float(batch["id"][0]),
+            # Only some batches have a value.
+            "odd": outputs[is_odd].mean() if int(batch["id"][0]) >= 16 else None,
+        }
+        texts = [f"row {index}" for index in batch["id"].tolist()]
+        return {"logits": outputs, "text": texts, "loss": loss}, values
+
+
+def measure(model: torch.nn.Module, kind: str, **options: Any) -> dict[str, Any]:
+    """Return named values, predictions and the samples of this rank for 29 rows."""
+    loader: Any = make_evaluation_loader(29)
+    if kind == "shuffled":
+        loader = make_evaluation_loader(29, shuffle=True)
+    elif kind == "stream":
+        loader = DataLoader(Stream(29), batch_size=8)
+    processor = Measure()
+    evaluator = Evaluator(model, processor, {"val": loader}, **options)
+    values = evaluator.evaluate()
+    seen, processor.seen = processor.seen, []
+    predictions = evaluator.predict()["val"]
+    logits = predictions.outputs["logits"]
+    assert isinstance(logits, torch.Tensor)
+    return {
+        "values": values,
+        "seen": seen,
+        "indices": predictions.indices,
+        "text": predictions.outputs["text"],
+        "logits": logits.tolist(),
+    }
+
+
+LIMITS = (None, 1, 2, 3)
+
+
+def named(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
+    """Measure with limits of batches; rank 1 has no batch of the smallest."""
+    model = accelerator.prepare(make_model())
+    return {
+        f"{kind} {limit}": measure(model, kind, accelerator=accelerator, max_batches=limit)
+        for kind in ("plain", "shuffled", "stream")
+        for limit in LIMITS
+    }
+
+
+def monitored(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
+    """Train with a monitored value of two weight sets, from one batch: rank 1 has none."""
+    found: list[float] = []
+    watch = PipelineHooks("watch")
+    watch.on_loop.before(
+        lambda args: args.metrics.subscribe("eval/val/ema/l1", lambda v: found.append(v.value))
+    )
+    validation = ValidationHookConfig(
+        every="2 steps", weights={"raw": None, "ema": "EMA"}, max_batches=1
+    )(dataloaders={"val": make_evaluation_loader(29)})
+
+    class Both(Measure):
+        def forward(self, model: Any, batch: Batch) -> Any:
+            return Classify.forward(self, model, batch)
+
+    model = make_model()
+    trainer = HookBasedTrainer(
+        accelerator,
+        model,
+        make_evaluation_loader(40),
+        Both(),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        hooks=[EMAConfig(decay=0.5), watch, validation],
+        max_step=2,
+    )
+    trainer()
+    values = {name: trainer.metrics.last_value(name) for name in trainer.metrics.names()}
+    again = trainer.evaluate(
+        {"val": make_evaluation_loader(29)}, weights={"ema": "EMA"}, max_batches=1
+    )
+    averaged = trainer.predict(make_evaluation_loader(29), weights="EMA")
+    logits = averaged.outputs["logits"]
+    assert isinstance(logits, torch.Tensor)
+    return {"found": found, "values": values, "again": again, "averaged": logits.tolist()}
+
+
+def in_a_hook(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
+    """Sample on all ranks, and on the first rank alone, from a model with batch statistics."""
+    plain = make_normalised()
+    model = accelerator.prepare(plain)
+    run = PipelineRun.standalone(accelerator=accelerator, model=model)
+    for _ in range(3):
+        model(torch.randn(16, 4) + accelerator.process_index)
+    before, rng = buffers_of(plain), torch.get_rng_state()
+    args = PipelineHookArgs(run)
+    counter.take()
+    with args.evaluating() as shared:
+        together = shared(torch.ones(1, 4)).tolist()
+    calls = counter.take()
+    alone = None
+    if accelerator.is_main_process:
+        with args.evaluating(rank_local=True) as own:
+            alone = own(torch.ones(1, 4)).tolist()
+    return {
+        "together": together,
+        "alone": alone,
+        "calls": [calls, counter.take()],
+        "restored": equal(before, buffers_of(plain)) and torch.equal(rng, torch.get_rng_state()),
+        "trains": plain.training,
+    }
+
+
 RUNS: dict[str, Callable[[Accelerator, CollectiveCounter], dict[str, Any]]] = {
     "by_size": by_size,
     "with_buffers": with_buffers,
     "refused": refused,
     "while_training": while_training,
     "tracked": tracked,
+    "named": named,
+    "monitored": monitored,
+    "in_a_hook": in_a_hook,
 }
 
 

@@ -281,6 +281,15 @@ class SimpleBatchProcessor(ABC):
     Losses and gradients are weighted by the number of samples: of dataset indices, or else
     :func:`count_samples`. Define ``count_samples(batch) -> int`` to count otherwise.
 
+    Evaluations use :meth:`forward`, or ``evaluation_forward`` where defined, which may return named
+    values instead of a loss (see :class:`Evaluator`):
+
+    >>> class Policy(Regression):
+    ...     def evaluation_forward(self, model, batch):
+    ...         outputs = model(batch["input"])
+    ...         error = outputs - batch["target"]
+    ...         return outputs, {"loss": error.square().mean(), "l1": error.abs().mean()}
+
     Metrics are updated with the outputs and targets of a batch (inputs, targets). For other
     batches, define ``metric_inputs``, which returns the arguments of ``metric.update`` as a tuple
     or a mapping by name:
@@ -323,15 +332,24 @@ class SimpleBatchProcessor(ABC):
 
     @staticmethod
     def from_callable(
-        forward: Callable[[Any, Any], ForwardResult], need_backward: bool = True
+        forward: Callable[[Any, Any], ForwardResult],
+        need_backward: bool = True,
+        *,
+        evaluation_forward: Callable[[Any, Any], Any] | None = None,
     ) -> SimpleBatchProcessor:
-        """Return a batch processor that calls ``forward(model, batch)``."""
-        if not callable(forward):
-            raise TypeError(
-                f"forward must be callable as forward(model, batch), got {type(forward).__name__}"
-            )
-        # A method of a new class, so that a step costs no additional call.
-        members = {"forward": staticmethod(forward)}
+        """Return a batch processor that calls ``forward(model, batch)``, and in evaluations
+        ``evaluation_forward(model, batch)`` where given."""
+        given = {"forward": forward, "evaluation_forward": evaluation_forward}
+        members = {}
+        for name, function in given.items():
+            if callable(function):
+                # A method of a new class, so that a step costs no additional call.
+                members[name] = staticmethod(function)
+            elif name == "forward" or function is not None:
+                raise TypeError(
+                    f"{name} must be callable as {name}(model, batch), got "
+                    f"{type(function).__name__}"
+                )
         cls = type("CallableBatchProcessor", (SimpleBatchProcessor,), members)
         processor: SimpleBatchProcessor = cls(need_backward)
         return processor

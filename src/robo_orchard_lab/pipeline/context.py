@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,9 @@ from robo_orchard_lab.pipeline.batch_processor import (
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
 from robo_orchard_lab.pipeline.distributed.failure_watch import report_failure
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
+from robo_orchard_lab.pipeline.isolation import isolated_evaluation
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.model import WeightSet, autocast_context
 from robo_orchard_lab.pipeline.progress import (
     CHANNEL_NAMES,
     ChannelName,
@@ -101,18 +103,6 @@ def _refuse_assignments(cls: type[ArgsT]) -> type[ArgsT]:
         if isinstance(member, property):
             setattr(cls, name, member.setter(partial(refuse, name=name)))
     return cls
-
-
-class WeightSet(Protocol):
-    """Alternative weights of the model, such as an exponential moving average."""
-
-    def applied(self) -> AbstractContextManager[None]:
-        """Return a context manager that swaps these weights into the model."""
-        ...
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Return parameters and buffers by name, in the layout of the model's ``state_dict``."""
-        ...
 
 
 class Snapshot(NamedTuple):
@@ -337,6 +327,23 @@ class PipelineRun:
                 + ("" if self.weight_sets else "; register an EMA")
             )
         return self.weight_sets[name]
+
+    def applied(self, weights: str | None) -> AbstractContextManager[None]:
+        """Return a context in which the model has the weights that a hook keeps.
+
+        None keeps the model's own weights. Errors are those of :meth:`weight_set`.
+        """
+        return nullcontext() if weights is None else self.weight_set(weights).applied()
+
+    @contextmanager
+    def evaluating(self, weights: str | None = None, *, rank_local: bool = False) -> Iterator[Any]:
+        """Run the body in evaluation mode; see :meth:`PipelineHookArgs.evaluating`."""
+        accelerator, is_shared = self.accelerator, not rank_local
+        isolated = isolated_evaluation(
+            self.model, processes=accelerator.num_processes, is_shared=is_shared
+        )
+        with self.applied(weights), isolated as model, autocast_context(accelerator)():
+            yield model
 
 
 _FORWARD_ONLY = SimpleBatchProcessor.from_callable(
@@ -724,6 +731,35 @@ class PipelineHookArgs:
         and the memory of one batch. Does nothing on one rank.
         """
         self._run.may_skip_batches = True
+
+    def evaluating(
+        self, weights: str | None = None, *, rank_local: bool = False
+    ) -> AbstractContextManager[Any]:
+        """Return a context for samples or rollouts: evaluation mode, no gradients.
+
+        The context yields the model, without DDP's communication. At its end, also after an error,
+        modes, buffers, weights and the global RNGs are as before; seed them in the body for equal
+        random numbers each time. The body runs in the precision of a batch processor.
+
+        >>> args = PipelineHookArgs()
+        >>> with args.evaluating() as model:
+        ...     model.training, torch.is_grad_enabled()
+        (False, False)
+        >>> args.model.training
+        True
+
+        Args:
+            weights: name of the hook whose weights to use, such as ``"EMA"``; None for the model's
+                own.
+            rank_local: enter on this rank alone, with its own buffers. Otherwise all ranks enter,
+                and a model with buffers has the first rank's: a collective.
+
+        Raises:
+            PipelineConfigError: no hook of that name keeps weights.
+            PipelineStateError: the weights are applied already, or ``rank_local`` with a sharded
+                model, whose forward pass is a collective.
+        """
+        return self._run.evaluating(weights, rank_local=rank_local)
 
     def failing(self, error: BaseException | None) -> None:
         """Set :attr:`exception`, and report an error to the other ranks.

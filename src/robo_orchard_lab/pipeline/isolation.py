@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -13,27 +14,48 @@ from robo_orchard_lab.pipeline.data.rng import (
     generator_states,
     set_generator_states,
 )
+from robo_orchard_lab.pipeline.errors import PipelineStateError
 from robo_orchard_lab.pipeline.metrics.exchange import pack_bytes, unpack_bytes
-from robo_orchard_lab.pipeline.model import BufferSnapshot
-from robo_orchard_lab.pipeline.sharding import reshard
+from robo_orchard_lab.pipeline.model import BufferSnapshot, ModuleOfDDP, ddp_of
+from robo_orchard_lab.pipeline.sharding import is_sharded_model, reshard
 
 
 @contextmanager
-def evaluation_isolation(
+def isolated_evaluation(
     model: torch.nn.Module,
-    shared_model: torch.nn.Module | None,
-    generators: Mapping[str, RandomGenerator],
-) -> Iterator[None]:
+    generators: Mapping[str, RandomGenerator] | None = None,
+    *,
+    processes: int = 1,
+    is_shared: bool = True,
+) -> Iterator[Any]:
     """Run the body in evaluation mode without gradients; restore modes, buffers and RNGs.
 
-    All ranks evaluate ``shared_model`` with the first rank's buffers: one collective if there are
-    buffers. ``generators`` are restored in addition to the global RNGs.
+    Yields the model for forward passes: of a DDP model the module, without communication, since
+    ranks may have different numbers of batches. The body of a sharded model communicates.
+
+    Args:
+        model: prepared or not.
+        generators: restored in addition to the global RNGs.
+        processes: number of ranks that evaluate together.
+        is_shared: all ranks enter; with several ranks, the model has the first rank's buffers, by
+            one collective if there are buffers.
+
+    Raises:
+        PipelineStateError: a sharded model that is not shared.
     """
-    with isolated_rng(generators), _first_rank_buffers(shared_model), _evaluation_mode(model):
+    ddp, is_sharded = ddp_of(model), is_sharded_model(model)
+    if is_sharded and not is_shared:
+        raise PipelineStateError(
+            "rank_local=True: the forward pass of a sharded model is a collective; enter on all "
+            "ranks, without rank_local"
+        )
+    unwrapped = model if ddp is None else ddp.module
+    broadcasts = is_shared and (processes > 1 or ddp is not None or is_sharded)
+    with isolated_rng(generators or {}), _kept_buffers(unwrapped, broadcasts), _modes(model):
         try:
             # Not inference_mode: compiled and sharded models keep tensors for training.
             with torch.no_grad():
-                yield
+                yield model if ddp is None else ModuleOfDDP(ddp, runs_hooks=False)
         finally:
             reshard(model)
 
@@ -50,7 +72,7 @@ def isolated_rng(generators: Mapping[str, RandomGenerator]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+def _modes(model: torch.nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -68,18 +90,19 @@ def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _first_rank_buffers(model: torch.nn.Module | None) -> Iterator[None]:
-    """Use the first rank's buffers on all ranks: batch statistics differ between ranks."""
-    buffers = [] if model is None else list(model.buffers())
-    if model is None or not buffers:
-        yield
-        return
+def _kept_buffers(model: torch.nn.Module, broadcasts: bool) -> Iterator[None]:
+    """Restore the buffers; ``broadcasts`` uses those of the first rank on all ranks.
+
+    Batch statistics differ between ranks.
+    """
     snapshot = BufferSnapshot()
     snapshot.attach(model)
     snapshot.save()
     try:
-        with torch.no_grad():
-            _broadcast(buffers)
+        buffers = list(model.buffers())
+        if broadcasts and buffers:
+            with torch.no_grad():
+                _broadcast(buffers)
         yield
     finally:
         snapshot.restore()

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from operator import is_
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,6 @@ from accelerate.utils import AutocastKwargs, get_mixed_precision_context_manager
 from torch.nn.parallel import DistributedDataParallel
 
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor, ForwardResult
-from robo_orchard_lab.pipeline.context import PipelineRun
 
 NamedParameters: TypeAlias = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -24,7 +23,32 @@ _COMPILED = "_orig_mod"
 """Submodule of a compiled module, also in the names of its ``state_dict``."""
 
 
-def plain_model(run: PipelineRun) -> torch.nn.Module:
+class ModelOfRun(Protocol):
+    """Prepared model of a :class:`PipelineRun`."""
+
+    @property
+    def accelerator(self) -> Accelerator: ...
+
+    @property
+    def model(self) -> torch.nn.Module: ...
+
+    @property
+    def constants(self) -> frozenset[str]: ...
+
+
+class WeightSet(Protocol):
+    """Alternative weights of the model, such as an exponential moving average."""
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Return a context manager that swaps these weights into the model."""
+        ...
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return parameters and buffers by name, in the layout of the model's ``state_dict``."""
+        ...
+
+
+def plain_model(run: ModelOfRun) -> torch.nn.Module:
     """Return the model without the wrappers of DDP and ``torch.compile``.
 
     Submodules compiled one by one stay compiled; :func:`plain_name` removes their prefix.
@@ -232,12 +256,12 @@ def plain_name(name: str) -> str:
     return name.replace(f"{_COMPILED}.", "")
 
 
-def plain_state(run: PipelineRun) -> dict[str, Any]:
+def plain_state(run: ModelOfRun) -> dict[str, Any]:
     """Return the model's ``state_dict`` by plain names, without a copy."""
     return {plain_name(name): value for name, value in plain_model(run).state_dict().items()}
 
 
-def plain_weights(run: PipelineRun) -> dict[str, torch.Tensor]:
+def plain_weights(run: ModelOfRun) -> dict[str, torch.Tensor]:
     """Return the model's parameters and buffers by plain names, without a copy."""
     return {n: value for n, value in plain_state(run).items() if isinstance(value, torch.Tensor)}
 

@@ -16,9 +16,8 @@ import torch
 
 from robo_orchard_lab.pipeline.checkpoint import ShareOf, TensorShare, non_finite_names
 from robo_orchard_lab.pipeline.checkpoint.shards import cut, local_regions
-from robo_orchard_lab.pipeline.context import PipelineRun, WeightSet
 from robo_orchard_lab.pipeline.distributed.collectives import gather_objects
-from robo_orchard_lab.pipeline.model import plain_name, plain_weights
+from robo_orchard_lab.pipeline.model import ModelOfRun, WeightSet, plain_name, plain_weights
 from robo_orchard_lab.pipeline.sharded_tensors import (
     gather_full_tensors,
     has_sharded,
@@ -95,7 +94,7 @@ def shares_of_model(model: torch.nn.Module) -> ShareOf | None:
     return share_of
 
 
-def gather_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.Tensor] | None:
+def gather_weights(run: ModelOfRun, kept: WeightSet | None) -> dict[str, torch.Tensor] | None:
     """Return complete weights by plain names on the first rank, and None on others. A collective.
 
     Sharded weights are gathered one at a time to the CPU of the first rank. Plain ones are not
@@ -111,7 +110,7 @@ def gather_weights(run: PipelineRun, kept: WeightSet | None) -> dict[str, torch.
     return full if first else None
 
 
-def non_finite_weights(run: PipelineRun, kept: WeightSet | None) -> list[str]:
+def non_finite_weights(run: ModelOfRun, kept: WeightSet | None) -> list[str]:
     """Return the names of weights that are non-finite on any rank.
 
     A device sync, and a collective with several ranks.

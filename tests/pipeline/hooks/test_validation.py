@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -23,13 +25,29 @@ from evaluate_on_ranks import (
     run_on_ranks,
 )
 from robo_orchard_core.utils.config import ClassConfig, ConfigReferenceError
-from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError, StateError
+from robo_orchard_lab.pipeline import (
+    HookBasedTrainer,
+    PipelineHookArgs,
+    PipelineHooks,
+    SimpleBatchProcessor,
+)
+from robo_orchard_lab.pipeline.errors import (
+    DataError,
+    PipelineConfigError,
+    StateError,
+    UnknownMetricError,
+)
 from robo_orchard_lab.pipeline.evaluator import Evaluator
+from robo_orchard_lab.pipeline.hooks import (
+    EarlyStoppingConfig,
+    MetricsLoggerConfig,
+    ProgressBarHookConfig,
+)
 from robo_orchard_lab.pipeline.hooks.ema import EMAConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
 from robo_orchard_lab.pipeline.hooks.validation import ValidationHook, ValidationHookConfig
-from robo_orchard_lab.pipeline.metrics import MetricValue
+from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
+from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig, TrackerSinkConfig
 from robo_orchard_lab.pipeline.trigger import EveryEpochs, EverySteps, Trigger
 from robo_orchard_lab.testing import (
     assert_no_device_sync,
@@ -413,6 +431,184 @@ def test_duplicate_loader_names_are_refused() -> None:
         PipelineConfigError, match=r"averaged: .*'val'.* a loader of raw would both"
     ):
         train(one, two, max_epoch=1)()
+
+
+class Measured(Classify):
+    """Batch processor whose evaluations have named values."""
+
+    def evaluation_forward(self, model: Any, batch: Any) -> Any:
+        outputs, loss = super().forward(model, batch)
+        return outputs, {"loss": loss, "l1": (outputs[:, 0] - batch["target"]).abs().mean()}
+
+
+def test_two_weight_sets_are_published_side_by_side(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Named values of raw and averaged weights are in JSON lines, progress and TensorBoard."""
+    names = [f"eval/val/{w}/{v}" for w in ("raw", "ema") for v in ("loss", "l1", "accuracy")]
+    hooks = [
+        ProgressBarHookConfig(metrics=names, plain=True)(),
+        MetricsLoggerConfig(
+            every="1 epoch",
+            sinks=[
+                JsonLinesSinkConfig(path=str(tmp_path / "metrics.jsonl")),
+                TrackerSinkConfig(trackers=["tensorboard"], folder=str(tmp_path)),
+            ],
+        )(),
+        EMAConfig(decay=0.5)(),
+        validation(
+            weights={"raw": None, "ema": "EMA"},
+            max_batches=1,
+            metrics={"accuracy": MulticlassAccuracy(2, average="micro")},
+        ),
+    ]
+    with caplog.at_level("INFO"):
+        trainer = train(*hooks, batch_processor=Measured(), max_epoch=1)
+        trainer()
+    found = {name: trainer.metrics.latest(name) for name in names}
+    assert found["eval/val/raw/l1"] != found["eval/val/ema/l1"]
+    weights = {"raw": None, "ema": "EMA"}
+    loaders = {"val": make_evaluation_loader(11)}
+    expected = trainer.evaluate(loaders, weights=weights, max_batches=1)
+    assert {n: found[n] for n in names if "accuracy" not in n} == {
+        f"eval/{name}": value for name, value in expected.items()
+    }
+    [line] = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert {name: line["metrics"][name] for name in names} == found
+    *_, shown = [text for text in caplog.messages if "epoch 1/1" in text]
+    assert all(f"{name} {number_text(value)}" in shown for name, value in found.items())
+    event_accumulator: Any = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    events = event_accumulator.EventAccumulator(
+        str(next(tmp_path.rglob("events.*")).parent)
+    ).Reload()
+    for name, value in found.items():
+        [scalar] = events.Scalars(name)
+        assert (scalar.step, scalar.value) == (5, pytest.approx(value))
+
+
+def test_hooks_with_named_weights_share_a_loader_name() -> None:
+    """Two hooks evaluate one set under names of their own."""
+    one = validation(weights={"raw": None}, max_batches={"val": 1})
+    two = validation(weights={"ema": "EMA"})
+    one.name, two.name = "one", "two"
+    trainer = train(EMAConfig(decay=0.5)(), one, two, max_epoch=1)
+    trainer()
+    evaluated = [name for name in trainer.metrics.names() if name.startswith("eval/")]
+    assert evaluated == ["eval/val/raw/loss", "eval/val/ema/loss"]
+
+
+class Silent(Classify):
+    """Batch processor that has no loss in an evaluation."""
+
+    def evaluation_forward(self, model: Any, batch: Any) -> Any:
+        return model(batch["inputs"]), None
+
+
+@pytest.mark.parametrize(
+    ("options", "processor", "error", "message"),
+    [
+        ({}, Silent(), PipelineConfigError, "ValidationHook: there is nothing to measure"),
+        (
+            {"weights": {"raw": None, "ema": "EMB"}},
+            Classify(),
+            PipelineConfigError,
+            r"ValidationHook.weights.ema: .*'EMB' keeps weights; did you mean 'EMA'",
+        ),
+        (
+            {"weights": "EMB", "at_start": True},
+            Classify(),
+            PipelineConfigError,
+            r"ValidationHook.weights: .*'EMB' keeps weights",
+        ),
+        (
+            {"sets": ["val"]},
+            Measured(),
+            UnknownMetricError,
+            r"EarlyStopping.monitor: no hook is known to publish 'eval/val/l2'.* 'eval/val/l1'",
+        ),
+    ],
+)
+def test_mistakes_are_errors_before_the_first_step(
+    options: dict[str, Any], processor: Any, error: type[Exception], message: str
+) -> None:
+    """Nothing to measure, unknown weights and unknown named values end the run at once."""
+    stopping = EarlyStoppingConfig(monitor="eval/val/l2", mode="min", patience=1)()
+    hooks = [EMAConfig()(), validation(**options), *([stopping] if "sets" in options else [])]
+    trainer = train(*hooks, batch_processor=processor, max_epoch=1)
+    with pytest.raises(error, match=message):
+        trainer()
+    assert trainer.progress.global_step_id == 0
+
+
+def test_named_values_can_be_monitored_from_the_first_step() -> None:
+    """Looking for the names changes neither weights nor random numbers of the training."""
+    ends = []
+    for processor in (Classify(), Measured()):
+        stopping = EarlyStoppingConfig(monitor="eval/val/loss", mode="min", patience=9)()
+        trainer = train(validation(), stopping, batch_processor=processor, max_epoch=1)
+        trainer()
+        assert stopping.best_step == 5
+        ends.append([*trainer.model.state_dict().values(), torch.get_rng_state()])
+    assert equal(*ends)
+
+
+class Adversarial(SimpleBatchProcessor):
+    """Named steps of two optimizers."""
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        outputs = model["g"](batch["inputs"])
+        yield "d", model["d"](outputs.detach()).square().mean()
+        yield "g", (1 - model["d"](outputs)).square().mean()
+        return outputs
+
+
+@pytest.mark.parametrize("monitor", ["eval/val/loss/g", "eval/val/loss"])
+def test_losses_of_several_optimizers_are_evaluated(monitor: str) -> None:
+    """Their names are known before the first step, and an evaluation makes no update."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"g": torch.nn.Linear(4, 4), "d": torch.nn.Linear(4, 1)})
+    trainer = HookBasedTrainer(
+        Accelerator(cpu=True),
+        model,
+        make_evaluation_loader(40),
+        Adversarial(),
+        {name: torch.optim.SGD(part.parameters(), lr=0.1) for name, part in model.items()},
+        hooks=[
+            validation(max_batches=2),
+            EarlyStoppingConfig(monitor=monitor, mode="min", patience=3),
+        ],
+        max_epoch=1,
+    )
+    if monitor == "eval/val/loss":
+        with pytest.raises(UnknownMetricError, match=r"Published: .*eval/val/loss/d, eval/val/los"):
+            trainer()
+        return
+    trainer()
+    rows = make_evaluation_loader(11).dataset.inputs  # type: ignore[attr-defined]  # of Rows
+    with torch.no_grad():
+        judged = model["d"](model["g"](rows))
+    expected = {"d": judged.square().mean(), "g": (1 - judged).square().mean()}
+    for name, value in expected.items():
+        found = trainer.metrics.last_value(f"eval/val/loss/{name}")
+        assert found == pytest.approx(float(value), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batches": 0}, "max_batches: expected a number of batches >= 1, found 0"),
+        ({"max_batches": {"val": -1}}, "expected a number of batches >= 1, found -1"),
+        ({"max_batches": {"vall": 1}}, "there is no loader 'vall'; did you mean 'val'"),
+        ({"weights": {}}, "weights: expected names without '/'"),
+        ({"weights": {"a/b": None}}, "weights: expected names without '/'"),
+    ],
+)
+def test_wrong_limits_and_names_are_refused(options: dict[str, Any], message: str) -> None:
+    """The error names the field, and comes when the hook is made."""
+    with pytest.raises(ValueError, match=message):
+        validation(**options)
 
 
 @pytest.mark.parametrize(

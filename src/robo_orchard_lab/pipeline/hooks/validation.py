@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field
+from torch.optim import Optimizer
 
-from robo_orchard_core.utils.config import Function, Part, function_of
+from robo_orchard_core.utils.config import ConfigFieldError, Function, Part, function_of
 from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.data.loader import is_map_style
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
-from robo_orchard_lab.pipeline.evaluator import Evaluator, check_dataloaders
+from robo_orchard_lab.pipeline.evaluator import (
+    Evaluator,
+    check_dataloaders,
+    check_max_batches,
+)
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricInputs, MetricsLike, TorchMetrics
 from robo_orchard_lab.pipeline.state_schema import Count, StateSchema
@@ -39,11 +43,18 @@ class ValidationHook(PipelineHooks):
     Other hooks request an evaluation by ``args.requests.evaluate(reason)``. A step is evaluated at
     most once.
 
+    Several weights are evaluated on the same data under names of one's choice:
+    ``weights={"raw": None, "ema": "EMA"}``.
+
     - Ranks: all.
-    - Publishes: ``eval/<loader>/loss`` and ``eval/<loader>/<metric>``, with the next logging
-      point; at once if a hook subscribes to one of these metrics.
+    - Publishes: ``eval/<loader>/loss`` or the processor's named values, and
+      ``eval/<loader>/<metric>``, with the next logging point; at once if a hook subscribes to one
+      of these metrics. With named weights, ``eval/<loader>/<weights>/...``.
     - Requests: evaluations.
     - State: the step of the last evaluation.
+    - Cost: before the first step, the first batches of each loader, one for each rank, if only the
+      batch processor's results show the names: with an ``evaluation_forward``, without a backward
+      pass, or with several optimizers.
 
     >>> hook = ValidationHookConfig(every="100 steps | 1 epoch")(dataloaders={"val": [1, 2, 3]})
     >>> hook.name
@@ -57,8 +68,9 @@ class ValidationHook(PipelineHooks):
             here or in the config; by default the batch processor's method of this name.
 
     Raises:
-        PipelineConfigError: no loaders, an unknown name in ``sets``, or an argument given both here
-            and in the config; and errors of :class:`Evaluator`.
+        PipelineConfigError: no loaders, an unknown name in ``sets`` or ``max_batches``, or an
+            argument given both here and in the config; and errors of :class:`Evaluator`. Before
+            the first step: unknown weights, or nothing to measure.
     """
 
     keeps_trajectory = True
@@ -81,10 +93,14 @@ class ValidationHook(PipelineHooks):
         self._metric_inputs: MetricInputs | None = given_or_built(
             metric_inputs, cfg.metric_inputs, "metric_inputs", who
         )
+        limits = check_max_batches(cfg.max_batches, loaders, who).items()
+        self._max_batches = {n: m for n, m in limits if m is not None and n in self._dataloaders}
+        named = cfg.weights if isinstance(cfg.weights, Mapping) else {"": cfg.weights}
+        self._weights: dict[str, str | None] = dict(named)
+        self._values: dict[str, list[str]] | None = None  # names by loader, once known
         self._evaluated_at: int | None = None  # completed steps at the last evaluation
         self.register_hook("on_loop", HookContext.from_callable(self._open, self._close))
-        if (weights := cfg.weights) is not None:  # refuses unknown weights before the first step
-            self.on_epoch.before(lambda args: args.run.weight_set(weights))
+        self.on_epoch.before(self._check_weights)
         if cfg.every is not None:
             self.register_at_commit(partial(self._request, f"every {cfg.every}"), cfg.every)
         if cfg.at_end:
@@ -93,7 +109,17 @@ class ValidationHook(PipelineHooks):
     @property
     def published_metrics(self) -> Sequence[str]:  # type: ignore[override]  # read-only here
         names = ["loss", *self._metrics.names()]
-        return [f"eval/{loader}/{name}" for loader in self._dataloaders for name in names]
+        values = self._values or dict.fromkeys(self._dataloaders, names)
+        return [
+            f"eval/{place}/{name}"
+            for loader, found in values.items()
+            for place in self._places(loader)
+            for name in found
+        ]
+
+    def _places(self, loader: str) -> list[str]:
+        """Return a loader's part of names, for each of the weights."""
+        return [f"{loader}/{label}" if label else loader for label in self._weights]
 
     def _open(self, args: PipelineHookArgs) -> None:
         evaluator = Evaluator(
@@ -103,25 +129,45 @@ class ValidationHook(PipelineHooks):
             metrics=self._metrics,
             metric_inputs=self._metric_inputs,
             accelerator=args.accelerator,
+            max_batches=self._max_batches,
             seed=self.cfg.seed,
-            who=self.name,
+            who=args.run.locate(self.name),
         )
         for loader in self._dataloaders:
-            other = args.run.evaluated_loaders.setdefault(loader, self.name)
-            if other != self.name:
-                raise PipelineConfigError(
-                    f"{self.name}: dataloaders[{loader!r}] and a loader of {other} would both "
-                    f"publish eval/{loader}/...; rename one of the loaders"
-                )
+            for place in self._places(loader):
+                other = args.run.evaluated_loaders.setdefault(place, self.name)
+                if other != self.name:
+                    raise PipelineConfigError(
+                        f"{self.name}: dataloaders[{loader!r}] and a loader of {other} would both "
+                        f"publish eval/{place}/...; rename one of the loaders, or name the weights "
+                        "of both hooks, such as weights={'ema': 'EMA'}"
+                    )
         args.run.evaluations[self.name] = partial(self._evaluate, evaluator)
+        if not (evaluator.knows_value_names and isinstance(args.run.optimizer, Optimizer)):
+            args.run.start_checks.append(partial(self._find_values, evaluator))
         if self.cfg.at_start and args.global_step_id == 0:
             self._request("at the start", args)
 
     def _close(self, args: PipelineHookArgs) -> None:
         args.run.evaluations.pop(self.name, None)
         for loader in self._dataloaders:
-            if args.run.evaluated_loaders.get(loader) == self.name:
-                del args.run.evaluated_loaders[loader]
+            for place in self._places(loader):
+                if args.run.evaluated_loaders.get(place) == self.name:
+                    del args.run.evaluated_loaders[place]
+
+    def _find_values(self, evaluator: Evaluator) -> None:
+        """Evaluate the first batches to learn the names of values."""
+        self._values = evaluator.find_value_names()
+
+    def _check_weights(self, args: PipelineHookArgs) -> None:
+        """Refuse unknown weights before the first step."""
+        for label, weights in self._weights.items():
+            if weights is not None and weights not in args.run.weight_sets:
+                place = args.run.locate(self.name, "weights", *filter(None, [label]))
+                try:
+                    args.run.weight_set(weights)
+                except PipelineConfigError as error:
+                    raise PipelineConfigError(f"{place}: {error}") from None
 
     def _request(self, reason: str, args: PipelineHookArgs) -> None:
         if args.exception is None and args.progress.steps_done != self._evaluated_at:
@@ -131,9 +177,11 @@ class ValidationHook(PipelineHooks):
         step = args.progress.steps_done
         if step == self._evaluated_at:
             return
-        weights = self.cfg.weights
-        with args.run.weight_set(weights).applied() if weights is not None else nullcontext():
-            args.metrics.defer(evaluator.run(prefix="eval/"))
+        self._check_weights(args)  # an evaluation at the start precedes the first epoch
+        for label, weights in self._weights.items():
+            with args.run.applied(weights):
+                found = evaluator.run(prefix="eval/", label=label)
+            args.metrics.defer(found)
         self._evaluated_at = step
 
     def rank_consistency_info(self) -> dict[str, dict[str, str]]:
@@ -171,10 +219,15 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
         description="Evaluate when the run reaches one of its limits, but not when a hook stops "
         "the run.",
     )
-    weights: str | None = Field(
+    weights: str | dict[str, str | None] | None = Field(
         default=None,
         description="Name of the hook whose weights to evaluate, such as 'EMA'; None for the "
-        "model's own.",
+        "model's own. Or several by names of your choice: {raw: null, ema: EMA}.",
+    )
+    max_batches: int | dict[str, int] | None = Field(
+        default=None,
+        description="Evaluate only the first batches of each loader, the same at any world size; "
+        "or limits by the names of loaders.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of each evaluation.")
     dataloaders: dict[str, LoaderPart] | None = Field(
@@ -191,6 +244,20 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
         description="metric_inputs(outputs, batch) returns the arguments of metric.update, "
         "unless passed to the hook; None for the batch processor's method.",
     )
+
+    def __post_init__(self) -> None:
+        labels = self.weights if isinstance(self.weights, Mapping) else ["own"]
+        if not labels or any(not label or "/" in label for label in labels):
+            raise ConfigFieldError(
+                "expected names without '/', such as {'raw': None, 'ema': 'EMA'}, found "
+                f"{self.weights!r}; rename them",
+                ("weights",),
+            )
+        limits = self.max_batches
+        for limit in limits.values() if isinstance(limits, Mapping) else [limits]:
+            if limit is not None and limit < 1:
+                problem = f"expected a number of batches >= 1, found {limit}; leave it out for all"
+                raise ConfigFieldError(problem, ("max_batches",))
 
 
 def _select(

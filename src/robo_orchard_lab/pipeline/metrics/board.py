@@ -510,8 +510,9 @@ class MetricsBoard:
         return not self._listeners or self._has_subscriber(metrics)
 
     def _has_subscriber(self, metrics: DeferredMetrics) -> bool:
-        groups = {_group(name) for name, _, _ in self._subscribers}
-        return not groups.isdisjoint(map(_group, metrics.names()))
+        # By groups, since a rank without batches does not know all names.
+        groups = tuple(f"{_group(name)}/" for name in metrics.names())
+        return any(f"{name}/".startswith(groups) for name, _, _ in self._subscribers)
 
     def _pop_deferred(self, everything: bool) -> list[tuple[DeferredMetrics, int]]:
         """Remove and return all, or only due, deferred metrics."""
