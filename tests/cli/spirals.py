@@ -38,7 +38,7 @@ import time
 import torch
 from torch.utils.data import Dataset
 
-from robo_orchard_lab.pipeline import PipelineHooks
+from robo_orchard_lab.pipeline import PipelineHooks, SupervisedProcessor
 
 
 class Slow(PipelineHooks):
@@ -51,6 +51,18 @@ class Slow(PipelineHooks):
             time.sleep(seconds)
 
         self.on_step.before(wait)
+
+
+class Measured(SupervisedProcessor):
+    """A processor with named values in evaluations."""
+
+    def __init__(self, says: list[str]) -> None:
+        super().__init__(torch.nn.functional.cross_entropy)
+        self.says = says
+
+    def evaluation_forward(self, model, batch):
+        outputs, loss = self.forward(model, batch)
+        return outputs, dict.fromkeys(self.says, loss)
 
 
 class Unsaved(PipelineHooks):

@@ -1,14 +1,18 @@
-"""Tests of the command ``evaluate``."""
+"""Tests of the commands ``evaluate``, ``test`` and ``predict``."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from tests.cli.spirals import write_experiment
 
 from robo_orchard_lab.cli.main import main
+from robo_orchard_lab.experiment.samples import MLP, Spirals
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
 
 BEST = (
@@ -16,12 +20,19 @@ BEST = (
 )
 
 
+TEST_SET = "--data.test.unseen={dataset: {class_type: Spirals, size: 21, seed: 2}, batch_size: 8}"
+AVERAGE = "--hooks.average={class_type: EMA, decay: 0.5}"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of three epochs, which has kept the worst weights as the best."""
     folder = tmp_path_factory.mktemp("work")
     file = write_experiment(folder)
-    assert main(["train", str(file), "--run_folder", str(folder / "run"), BEST]) == 0
+    assert (
+        main(["train", str(file), "--run_folder", str(folder / "run"), BEST, TEST_SET, AVERAGE])
+        == 0
+    )
     return folder
 
 
@@ -30,9 +41,11 @@ def work(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained)
 
 
-def found(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, float]:
+def found(
+    capsys: pytest.CaptureFixture[str], *arguments: str, command: str = "evaluate"
+) -> dict[str, float]:
     capsys.readouterr()
-    assert main(["evaluate", *arguments, "--json"]) == 0
+    assert main([command, *arguments, "--json"]) == 0
     metrics: dict[str, float] = json.loads(capsys.readouterr().out)["metrics"]
     return metrics
 
@@ -63,6 +76,127 @@ def test_fields_can_be_overridden(capsys: pytest.CaptureFixture[str]) -> None:
     assert metrics.keys() == {"eval/val/loss", "eval/more/loss"}
     assert Path("run/config.yaml").read_bytes() == before
     assert len([*Path("run/starts").glob("*.json")]) == 1
+
+
+def test_test_sets_are_evaluated_by_the_command_test(capsys: pytest.CaptureFixture[str]) -> None:
+    """Training does not use data.test; the command does, with any weights of the run."""
+    assert "eval/unseen/loss" not in Path("run/metrics.jsonl").read_text()
+    own = found(capsys, "run", command="test")
+    assert {*own} == {"eval/unseen/loss"}
+    assert found(capsys, "run", "--set", "unseen") == own
+    file = ("spirals.yaml", "--run_folder", "run", TEST_SET, AVERAGE)
+    assert found(capsys, *file, command="test") == own
+    both = found(capsys, "run", "--weights", "model", "--weights", "average", command="test")
+    assert both["eval/unseen/model/loss"] == own["eval/unseen/loss"]
+    averaged = found(capsys, "run", "--weights", "average", command="test")
+    assert averaged == {"eval/unseen/loss": both["eval/unseen/average/loss"]} != own
+    assert found(capsys, "run", "--best", command="test") != own
+    assert found(capsys, "run", "--max-batches", "1", command="test") != own
+    # Without data.test, the evaluation set of this name.
+    evaluated = f"--data.evaluation.test={TEST_SET.partition('=')[2]}"
+    as_before = found(capsys, "run", "--data.test.unseen=null", evaluated, command="test")
+    assert as_before == {"eval/test/loss": own["eval/unseen/loss"]}
+
+
+def test_test_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """The output has the path of the weights and each metric."""
+    assert main(["test", "run"]) == 0
+    first, headings, line = capsys.readouterr().out.splitlines()
+    assert (first, headings.split()) == ("run/checkpoints/step_00000030", ["METRIC", "VALUE"])
+    assert line.startswith("eval/unseen/loss  ")
+
+
+def test_predict_writes_each_sample_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    """The file has each sample of a set once, also of the shuffled training set."""
+    capsys.readouterr()
+    assert main(["predict", "run", "--data", "train", "--out", "train.jsonl"]) == 0
+    assert capsys.readouterr().out == (
+        "train.jsonl: output of 80 samples by run/checkpoints/step_00000030\n"
+    )
+    lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == [*range(80)]
+    weights = load_file("run/checkpoints/step_00000030/model.safetensors")
+    model = MLP(inputs=2, hidden=[8], outputs=3)
+    model.load_state_dict({n.removeprefix("model."): value for n, value in weights.items()})
+    expected = model(Spirals(80).points)
+    torch.testing.assert_close(torch.tensor([line["output"] for line in lines]), expected.detach())
+    limited = ["--max-batches", "2", "--weights", "average"]
+    assert main(["predict", "run", "--data", "unseen", "--out", "a.npz", *limited]) == 0
+    assert np.load("a.npz")["output"].shape == (16, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["test", "run", "--data.test.unseen=null"], "no test set\n       add data.test.NAME"),
+        (["test", "run", "--weights", "averaged"], "hook 'averaged'; did you mean 'average'?"),
+        (["test", "run", "--weights", "log"], "no weights of a hook 'log'"),
+        (["test", "run", "--max-batches", "0"], "--max-batches"),
+        (["test", "run", "--best", "--weights", "average"], "no weights of a hook 'average'"),
+        (["predict", "run", "--out", "p.npz"], "missing option '--data'"),
+        (["predict", "run", "--data", "vall", "--out", "p.npz"], "data.vall: the experiment has"),
+        (["predict", "run", "--data", "val", "--out", "p.csv"], "ending in .jsonl, .npz"),
+        (["predict", "nothing.yaml", "--data", "val", "--out", "p.npz"], "there is no nothing"),
+        (
+            ["evaluate", "run", "--hooks.validation.max_batches={vall: 2}"],
+            "hooks.validation: ValidationHook.max_batches['vall']: there is no loader 'vall'",
+        ),
+        (
+            ["evaluate", "run", "--data.test.val={dataset: {class_type: Spirals, size: 9}}"],
+            "val: is an",
+        ),
+    ],
+)
+def test_mistakes_name_the_remedy(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unknown sets, weights, limits and files exit with 2, and write nothing."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert said in shown.err
+    assert not [*Path().glob("p.*")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line", "said"),
+    [
+        (
+            ["--batch_processor={class_type: mine:Measured, says: []}"],
+            "hooks:",
+            "hooks.validation: there is nothing to measure on dataloaders['val']: Measured.ev",
+        ),
+        (
+            [
+                "--batch_processor={class_type: mine:Measured, says: [l1]}",
+                "--hooks.best={class_type: KeepBest, monitor: eval/val/l2, mode: min, "
+                "path: b.safetensors}",
+            ],
+            "",
+            "--hooks.best: hooks.best.monitor: no hook is known to publish 'eval/val/l2'",
+        ),
+        (
+            ["--hooks.validation.weights={ema: EMA}"],
+            "",
+            "hooks.validation.weights.ema: no hook nam",
+        ),
+        (["--hooks.validation.max_batches=0"], "", "hooks.validation.max_batches: expected a numb"),
+        (["--hooks.validation.max_batches={x: 1}"], "", "['x']: there is no loader 'x'; expected"),
+    ],
+)
+def test_training_refuses_mistakes_before_the_first_step(
+    arguments: list[str], line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluations without values, and unknown names, are errors with the place in the file."""
+    capsys.readouterr()
+    assert main(["train", "spirals.yaml", "--run_folder", "b", "--trust", "mine", *arguments]) != 0
+    shown = capsys.readouterr().err
+    assert said in shown
+    if line:
+        number = Path("spirals.yaml").read_text().splitlines().index(line) + 2
+        assert f"spirals.yaml:{number}: " in shown
+    assert not Path("b/checkpoints/step_00000010").exists()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from robo_orchard_lab.experiment.overrides import Override
 
 RUN_FOLDER = "run_folder"
-_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
+FILE_SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 
 file_argument = click.argument("file", type=click.Path(path_type=Path))
 """Argument FILE; the command that reads the file reports its errors."""
@@ -196,7 +196,7 @@ def _with_allow_value(args: list[str]) -> list[str]:
 
     def is_value(argument: str) -> bool:
         path = Path(argument)
-        return not (argument[:1] in ("", "-") or path.suffix in _SUFFIXES or path.exists())
+        return not (argument[:1] in ("", "-") or path.suffix in FILE_SUFFIXES or path.exists())
 
     following = [*args[1:], ""]
     return [
@@ -237,7 +237,7 @@ def _overrides(fields: list[str]) -> tuple[Override, ...]:
 
 def _nearest_file(file: Path) -> str:
     try:
-        names = [each.name for each in file.parent.iterdir() if each.suffix in _SUFFIXES]
+        names = [each.name for each in file.parent.iterdir() if each.suffix in FILE_SUFFIXES]
     except OSError:
         return ""
     near = difflib.get_close_matches(file.name, names, n=1, cutoff=0.5)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
@@ -205,8 +206,14 @@ class ExperimentConfig(ExperimentFields):
         """
         from robo_orchard_lab.experiment.build import build_experiment
 
-        try:
+        with self.located():
             return build_experiment(self, self.locate, **live)
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Add file and line to the errors of the body."""
+        try:
+            yield
         except ConfigError as error:
             if self.document is None or error.source is not None:
                 raise

@@ -1,8 +1,9 @@
-"""Evaluation of saved weights on the evaluation sets of an experiment."""
+"""Evaluation of saved weights, and predictions, on the data sets of an experiment."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from accelerate.utils import set_seed
 from safetensors.torch import load_file
 
 from robo_orchard_core.utils.config import ConfigFieldError
-from robo_orchard_core.utils.config.errors import unknown_field
+from robo_orchard_core.utils.config.errors import suggest_name, unknown_field
 from robo_orchard_lab.experiment.build import (
     building,
     make_accelerator,
@@ -22,6 +23,7 @@ from robo_orchard_lab.experiment.build import (
     make_processor,
 )
 from robo_orchard_lab.experiment.config import ExperimentConfig
+from robo_orchard_lab.experiment.parts import LoaderConfig
 from robo_orchard_lab.experiment.run_checkpoints import RunCheckpoints
 from robo_orchard_lab.experiment.run_folder import NoRunError
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
@@ -33,8 +35,12 @@ from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import KeepBestConfig, ValidationHookConfig
 from robo_orchard_lab.pipeline.model import plain_name
+from robo_orchard_lab.pipeline.predictions import Predictions
 from robo_orchard_lab.pipeline.run.run_path import in_run_folder
 from robo_orchard_lab.pipeline.trainer.rank_state import check_tensors
+
+OWN_WEIGHTS = "model"
+"""Name of the model's own weights, next to names of hooks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,62 +117,115 @@ def best_weights(
 
 
 def evaluate(
-    experiment: ExperimentConfig, saved: SavedWeights, sets: Sequence[str] = ()
+    experiment: ExperimentConfig,
+    saved: SavedWeights,
+    sets: Sequence[str] = (),
+    *,
+    weights: Sequence[str] = (),
+    max_batches: int | None = None,
 ) -> dict[str, float]:
-    """Evaluate saved weights with the `ValidationHook`s of the run.
+    """Evaluate saved weights as the `ValidationHook`s of the run do.
 
-    Each hook uses its sets, its metrics, and its weights, such as a moving average. Without such
-    a hook, the mean loss on each set is computed.
+    Each hook uses its sets, its metrics, and its weights, such as a moving average. A named set
+    that no hook uses, such as a test set, gets the metrics of the first hook. Without such a hook,
+    the losses on each set are computed.
 
     Args:
         experiment: Experiment of the run.
         saved: Weights to evaluate.
-        sets: Names of evaluation sets; by default all.
+        sets: Names of evaluation and test sets; by default all evaluation sets.
+        weights: Names of hooks whose weights to use, and `OWN_WEIGHTS` for the model's own; by
+            default those of the run's hooks.
+        max_batches: Use only the first batches of each set, instead of the hooks' limits.
 
     Returns:
-        Values by name, such as ``eval/val/loss``.
+        Values by name, such as ``eval/val/loss``; with several weights, ``eval/val/EMA/loss``.
 
     Raises:
-        ConfigError: A set doesn't exist, or a part can't be built.
+        ConfigError: A set or weights don't exist, a part can't be built, or there is nothing to
+            measure.
         StateError: The weights belong to another model.
     """
+    with experiment.located(), fail_together():
+        accelerator = _make_accelerator(experiment)
+        hooks = _validation_hooks(experiment, saved, sets, weights, max_batches)
+        with _loaded(experiment, saved, hooks, accelerator) as args:
+            for measure in args.run.evaluations.values():
+                measure(args)
+            args.metrics.flush(log=True, accelerator=accelerator)
+            values = {value.name: value.value for value in args.metrics.last_values()}
+        if not values:
+            raise ConfigFieldError(
+                "there is nothing to measure: it returns no loss in an evaluation, and no "
+                "ValidationHook has metrics; return a loss or named values from "
+                "evaluation_forward, or add metrics to the hook",
+                ("batch_processor",),
+            )
+        return values
+
+
+def predict(
+    experiment: ExperimentConfig,
+    saved: SavedWeights,
+    data: str,
+    *,
+    weights: str | None = None,
+    max_batches: int | None = None,
+) -> Predictions:
+    """Return the outputs for each sample of a set, in the order of its dataset, on every rank.
+
+    The set is loaded without shuffling and without ``drop_last``.
+
+    Args:
+        experiment: Experiment of the run.
+        saved: Weights to use.
+        data: Name of an evaluation or test set, or ``train``.
+        weights: Name of the hook whose weights to use; None for the model's own.
+        max_batches: Use only the first batches.
+
+    Raises:
+        ConfigError: The set or the weights don't exist, or a part can't be built.
+        StateError: The weights belong to another model.
+        BatchProcessorError: The outputs have no row for each sample.
+    """
+    with experiment.located(), fail_together():
+        path, described = _find_set(experiment, data)
+        accelerator = _make_accelerator(experiment)
+        keepers = _keepers(experiment, saved, [weights])
+        if described.batch_sampler is None:
+            described = described.replace(shuffle=False, drop_last=False)
+        with building(*path):
+            loader = make_loader(described)
+        with _loaded(experiment, saved, keepers, accelerator) as args, args.run.applied(weights):
+            evaluator = Evaluator(
+                args.model,
+                args.batch_processor,
+                {data: loader},
+                accelerator=accelerator,
+                max_batches=max_batches,
+                who="predict",
+            )
+            return evaluator.predict()[data]
+
+
+def _make_accelerator(experiment: ExperimentConfig) -> Accelerator:
     for part in ("model", "batch_processor"):
         if getattr(experiment, part) is None:
             raise ConfigFieldError(
                 "is null; evaluate in the script that passes it to build()", (part,)
             )
     set_seed(experiment.seed)
-    accelerator = make_accelerator(experiment.accelerator, experiment.folder())
-    with fail_together():
-        return _evaluate(experiment, saved, sets, accelerator)
+    return make_accelerator(experiment.accelerator, experiment.folder())
 
 
-def _evaluate(
+@contextmanager
+def _loaded(
     experiment: ExperimentConfig,
     saved: SavedWeights,
-    sets: Sequence[str],
+    hooks: Mapping[str, PipelineHooks],
     accelerator: Accelerator,
-) -> dict[str, float]:
-    validations = {
-        name: config
-        for name, config in experiment.hooks.items()
-        if isinstance(config, ValidationHookConfig)
-    }
-    loaders = _loaders(experiment, validations.values(), sets)
-    if not (loaders or validations):
-        raise ConfigFieldError("there are no evaluation sets; add them to data.evaluation")
-    hooks: dict[str, PipelineHooks] = {}
-    for name, config in validations.items():
-        theirs = config.dataloaders if config.dataloaders is not None else loaders
-        own = theirs if config.sets is None else config.sets
-        names = [each for each in theirs if each in own and each in (sets or theirs)]
-        if names:
-            with building("hooks", name):
-                weights = config.weights if saved.hooks is not None else None  # a file has them
-                if weights is not None and weights not in hooks:
-                    hooks[weights] = _keeper(weights, experiment, saved)
-                config = config.replace(sets=names, weights=weights)
-                hooks[name] = make_hook(config, experiment.folder(), loaders)
+) -> Iterator[PipelineHookArgs]:
+    """Build the model with its saved weights, and begin the hooks."""
     with building("model"):
         assert experiment.model is not None
         model = experiment.model()
@@ -174,42 +233,101 @@ def _evaluate(
     with building("batch_processor"):
         processor = make_processor(experiment.batch_processor)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    if not validations:
-        evaluator = Evaluator(model, processor, loaders, accelerator=accelerator)
-        return {f"eval/{name}": value for name, value in evaluator.evaluate().items()}
     run = PipelineRun.standalone(batch_processor=processor, accelerator=accelerator, model=model)
+    run.locate = experiment.locate
     args = PipelineHookArgs(run)
     with PipelineHooks.from_hooks(hooks).begin("on_loop", args):
-        for measure in run.evaluations.values():
-            measure(args)
-        run.metrics.flush(log=True, accelerator=accelerator)
-        return {value.name: value.value for value in run.metrics.last_values()}
+        yield args
 
 
-def _loaders(
+def _validation_hooks(
     experiment: ExperimentConfig,
-    validations: Iterable[ValidationHookConfig],
+    saved: SavedWeights,
     sets: Sequence[str],
-) -> dict[str, Iterable[Any]]:
-    """Build the wanted loaders of the experiment; hooks may have others."""
-    described = experiment.data.evaluation
-    known = {*described, *(name for config in validations for name in config.dataloaders or ())}
+    weights: Sequence[str],
+    max_batches: int | None,
+) -> dict[str, PipelineHooks]:
+    """Build the hooks that evaluate, for the wanted sets, and the hooks that keep their weights."""
+    found = {n: c for n, c in experiment.hooks.items() if isinstance(c, ValidationHookConfig)}
+    own = {name for config in found.values() for name in config.dataloaders or ()}
+    data = experiment.data
+    known = [*data.evaluation, *data.test, *own]
     for name in sets:
         if name not in known:
             raise unknown_field(name, known, "the experiment", ("data", "evaluation"))
+    if not (data.evaluation or own or sets):
+        raise ConfigFieldError("there are no evaluation sets; add them to data.evaluation")
+    found = found or {"evaluation": ValidationHookConfig()}
+    plans = []  # name in the file, name here, config, sets
+    for name, config in found.items():
+        theirs = [*(data.evaluation if config.dataloaders is None else config.dataloaders)]
+        used = [n for n in theirs if n in (config.sets or theirs) and n in (sets or theirs)]
+        plans.append((name, name, config, used))
+    if rest := [name for name in sets if not any(name in used for *_, used in plans)]:
+        name, first = next(iter(found.items()))
+        new_name = f"{name} on {', '.join(rest)}"
+        plans.append((name, new_name, first.replace(dataloaders=None), rest))
+    wanted = {each for *_, config, used in plans if config.dataloaders is None for each in used}
+    loaders = _loaders(experiment, wanted)
+    named = {each: None if each == OWN_WEIGHTS else each for each in weights}
+    hooks = _keepers(experiment, saved, named.values())
+    for name, new_name, config, used in plans:
+        if not used:
+            continue
+        with building("hooks", name):
+            chosen: Any = config.weights if saved.hooks is not None else None  # a file has them
+            if named:
+                chosen = named if len(named) > 1 else named[weights[0]]
+            keepers = chosen.values() if isinstance(chosen, Mapping) else [chosen]
+            hooks |= _keepers(experiment, saved, [each for each in keepers if each not in hooks])
+            limits: Any = config.max_batches if max_batches is None else max_batches
+            if isinstance(limits, Mapping):
+                limits = {n: m for n, m in limits.items() if n in used or n not in known} or None
+            config = config.replace(sets=used, weights=chosen, max_batches=limits)
+            hooks[new_name] = make_hook(config, experiment.folder(), loaders)
+    return hooks
+
+
+def _loaders(experiment: ExperimentConfig, names: Collection[str]) -> dict[str, Iterable[Any]]:
+    """Build loaders of evaluation and test sets."""
     loaders: dict[str, Iterable[Any]] = {}
-    for name, loader in described.items():
-        if name in (sets or described):
-            with building("data", "evaluation", name):
-                loaders[name] = make_loader(loader)
+    for kind in ("evaluation", "test"):
+        for name, loader in getattr(experiment.data, kind).items():
+            if name in names:
+                with building("data", kind, name):
+                    loaders[name] = make_loader(loader)
     return loaders
 
 
-def _keeper(name: str, experiment: ExperimentConfig, saved: SavedWeights) -> PipelineHooks:
-    """Build the hook that keeps weights, with its saved state."""
+def _find_set(experiment: ExperimentConfig, name: str) -> tuple[tuple[str, ...], LoaderConfig]:
+    """Return the path and the configuration of a set by its name."""
+    data = experiment.data
+    sets: dict[str, Any] = {"train": (("data", "train"), data.train)}
+    for kind in ("evaluation", "test"):
+        for each, loader in getattr(data, kind).items():
+            sets[each] = (("data", kind, each), loader)
+    if name not in sets:
+        raise unknown_field(name, sets, "the experiment", ("data",))
+    path, loader = sets[name]
+    if loader is None:
+        raise ConfigFieldError("is null; predict in the script that passes it to build()", path)
+    return path, loader
+
+
+def _keepers(
+    experiment: ExperimentConfig, saved: SavedWeights, names: Iterable[str | None]
+) -> dict[str, PipelineHooks]:
+    """Build hooks that keep weights, with their saved states."""
+    keepers: dict[str, PipelineHooks] = {}
     states = saved.hooks or {}
-    if name not in experiment.hooks or name not in states:
-        raise ConfigFieldError(f"{saved.path} has no weights of a hook {name!r}", ("weights",))
-    keeper = make_hook(experiment.hooks[name], experiment.folder(), {})
-    keeper.load_state_dict(states[name])
-    return keeper
+    for name in filter(None, names):
+        problem = f"{saved.path} has no weights of a hook {name!r}"
+        if name not in experiment.hooks or name not in states:
+            advice = suggest_name(name, [*states], "hooks with a saved state:")
+            raise ConfigFieldError(f"{problem}; {advice}")
+        keeper = make_hook(experiment.hooks[name], experiment.folder(), {})
+        if not hasattr(keeper, "applied"):
+            raise ConfigFieldError(f"{problem}; name an EMA")
+        keeper.load_state_dict(states[name])
+        keepers[name] = keeper
+    return keepers

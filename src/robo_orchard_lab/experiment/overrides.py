@@ -137,7 +137,7 @@ def has_named_entries(path: Path, value: object) -> bool:
     if path[:1] == ("optimizer",) and len(path) <= 3 and path[-1] == "groups":
         # Not of an optimizer with this name, and mostly not of an argument's own mapping.
         return not is_part(value) and (len(path) == 2 or are_named_parts(value))
-    return path in (("hooks",), ("data", "evaluation"))
+    return path in (("hooks",), ("data", "evaluation"), ("data", "test"))
 
 
 _MAX_COMPARED = 200  # names compared with a misspelled one

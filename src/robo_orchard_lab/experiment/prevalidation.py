@@ -68,6 +68,7 @@ _CATALOGUED_PACKAGES = {name.partition(".")[0] for name in DEFINITIONS}
 
 _REQUIRED_KEYS: dict[str, frozenset[str]] = {
     "evaluation": frozenset({"dataset"}),
+    "test": frozenset({"dataset"}),
     "groups": frozenset({"parameters"}),
 }
 """Keys of which each entry of such a mapping must have one; others hold parts."""

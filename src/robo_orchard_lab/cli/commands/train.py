@@ -1,23 +1,30 @@
-"""Commands ``train``, ``resume``, ``evaluate`` and ``prove-resume``."""
+"""Commands ``train``, ``resume``, ``evaluate``, ``test``, ``predict`` and ``prove-resume``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from robo_orchard_lab.cli import training
 from robo_orchard_lab.cli.errors import CommandError, ExitCode
 from robo_orchard_lab.cli.experiment_arguments import (
+    FILE_SUFFIXES,
     ExperimentArguments,
     ExperimentCommand,
     allow_option,
     file_argument,
 )
-from robo_orchard_lab.cli.output import json_option, note, print_json, print_table, say
+from robo_orchard_lab.cli.output import count_text, json_option, note, print_json, print_table, say
 from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, run_config_file
+
+if TYPE_CHECKING:
+    from robo_orchard_lab.experiment.config import ExperimentConfig
+    from robo_orchard_lab.experiment.evaluation import SavedWeights
 
 
 @click.command("train", cls=ExperimentCommand, lists_fields=True)
@@ -103,57 +110,192 @@ def resume(run: str, experiment: ExperimentArguments, allow: str | None, as_json
     training.train(config, experiment, start, resume_from=found.checkpoint, as_json=as_json)
 
 
+_run_or_file = click.argument("run_or_file", metavar="RUN|FILE")
+_weights_options = (
+    click.option(
+        "--best",
+        is_flag=True,
+        help="Use the best weights: those of a KeepBest hook, or by checkpoint.monitor.",
+    ),
+    click.option(
+        "--max-batches",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Use only the first N batches, the same at any number of processes.",
+    ),
+)
+_set_options = (
+    click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="NAME",
+        help="Set of data.evaluation or data.test; repeatable.",
+    ),
+    click.option(
+        "--weights",
+        multiple=True,
+        metavar="HOOK",
+        help="Hook whose weights to use, such as EMA, or `model` for the model's own; repeatable. "
+        "By default those of the ValidationHooks.",
+    ),
+)
+
+
+def _with(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a decorator that adds options in their order."""
+    return lambda function: reduce(lambda made, add: add(made), reversed(options), function)
+
+
 @click.command("evaluate", cls=ExperimentCommand)
-@click.argument("run_or_checkpoint")
-@click.option(
-    "--set",
-    "sets",
-    multiple=True,
-    metavar="NAME",
-    help="Evaluation set to evaluate; repeatable; all sets by default.",
-)
-@click.option(
-    "--best",
-    is_flag=True,
-    help="Evaluate the best weights: those of a KeepBest hook, or by checkpoint.monitor.",
-)
-@json_option
+@_run_or_file
+@_with(*_set_options, *_weights_options, json_option)
 def evaluate(
-    run_or_checkpoint: str,
+    run_or_file: str,
     experiment: ExperimentArguments,
     sets: tuple[str, ...],
+    weights: tuple[str, ...],
     best: bool,
+    max_batches: int | None,
     as_json: bool,
 ) -> None:
-    """Evaluate the weights of a run: loss and metrics on its evaluation sets.
+    """Evaluate the weights of a run: losses and metrics on its evaluation sets.
 
     \b
       robo-orchard-lab evaluate runs/spirals
       robo-orchard-lab evaluate runs/spirals --best --set val
+      robo-orchard-lab evaluate runs/spirals --weights model --weights EMA
       robo-orchard-lab evaluate runs/spirals/checkpoints/step_00000010
 
-    RUN_OR_CHECKPOINT is the folder of a run, for its newest intact checkpoint, or a checkpoint.
-    The metrics are those of the run's ValidationHooks; without such a hook, the loss alone. Nothing
-    is written.
+    RUN is the folder of a run, for its newest intact checkpoint, or a checkpoint; FILE the file of
+    an experiment that has run. The metrics are those of the run's ValidationHooks; without such a
+    hook, the losses alone. Nothing is written.
     """
+    config, saved = _load_weights(run_or_file, experiment, best)
+    _print_metrics(config, saved, sets, weights, max_batches, as_json)
+
+
+@click.command("test", cls=ExperimentCommand)
+@_run_or_file
+@_with(*_set_options, *_weights_options, json_option)
+def test(
+    run_or_file: str,
+    experiment: ExperimentArguments,
+    sets: tuple[str, ...],
+    weights: tuple[str, ...],
+    best: bool,
+    max_batches: int | None,
+    as_json: bool,
+) -> None:
+    """Evaluate the weights of a run on the test sets of the file, data.test.
+
+    \b
+      robo-orchard-lab test runs/spirals
+      robo-orchard-lab test experiment.yaml --best
+      robo-orchard-lab test runs/spirals --weights EMA --json
+
+    Without data.test, the evaluation set named `test` is used. The metrics are those of the first
+    ValidationHook; without such a hook, the losses alone. Otherwise as `evaluate`.
+    """
+    config, saved = _load_weights(run_or_file, experiment, best)
+    names = [*(config.data.test or {}.fromkeys({"test"} & config.data.evaluation.keys()))]
+    if not (sets or names):
+        raise CommandError(
+            "the experiment has no test set",
+            "add data.test.NAME to the file, or pass --set NAME with an evaluation set",
+        )
+    _print_metrics(config, saved, sets or tuple(names), weights, max_batches, as_json)
+
+
+@click.command("predict", cls=ExperimentCommand)
+@_run_or_file
+@click.option(
+    "--data",
+    required=True,
+    metavar="NAME",
+    help="Set of data.evaluation or data.test, or `train`.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write: .jsonl, .npz or .safetensors.",
+)
+@click.option(
+    "--weights", metavar="HOOK", help="Hook whose weights to use, such as EMA, not the model's own."
+)
+@_with(*_weights_options)
+def predict(
+    run_or_file: str,
+    experiment: ExperimentArguments,
+    data: str,
+    out: Path,
+    weights: str | None,
+    best: bool,
+    max_batches: int | None,
+) -> None:
+    """Write the outputs of a run's model for each sample of a set.
+
+    \b
+      robo-orchard-lab predict runs/spirals --data val --out predictions.jsonl
+      robo-orchard-lab predict runs/spirals --data train --out predictions.npz --weights EMA
+
+    RUN is the folder of a run or a checkpoint; FILE the file of an experiment that has run. The
+    outputs are those of the batch processor's evaluation_forward or forward, with the samples'
+    indices, in the order of the dataset; each sample occurs once, also with several processes.
+    """
+    from robo_orchard_lab.experiment import evaluation
+    from robo_orchard_lab.pipeline.predictions import check_suffix
+
+    check_suffix(out)
+    config, saved = _load_weights(run_or_file, experiment, best)
+    predictions = evaluation.predict(config, saved, data, weights=weights, max_batches=max_batches)
+    if training.is_first_rank():
+        predictions.save(out)
+        names = ", ".join(predictions.outputs)
+        say(f"{out}: {names} of {count_text(len(predictions), 'sample')} by {saved.path}")
+
+
+def _load_weights(
+    run_or_file: str, experiment: ExperimentArguments, best: bool
+) -> tuple[ExperimentConfig, SavedWeights]:
+    """Return the experiment and the weights of a run, or of the run of a file."""
     from robo_orchard_lab.experiment import evaluation
     from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
     from robo_orchard_lab.experiment.run_folder import find_run
 
-    found = find_run(run_or_checkpoint)
-    config = experiment.within(found.folder).load(found.config)
-    checkpoints = find_checkpoints(run_or_checkpoint)
-    if best:
-        weights = evaluation.best_weights(config, found.folder, checkpoints)
+    path = Path(run_or_file)
+    if path.suffix in FILE_SUFFIXES and path.is_file() and _run_folder_of(path) is None:
+        config = experiment.load(path)
+        folder = config.folder()
+        checkpoints = find_checkpoints(folder)
     else:
-        weights = evaluation.SavedWeights.from_checkpoint(checkpoints.pick())
-    metrics = evaluation.evaluate(config, weights, sets)
+        found = find_run(path)
+        folder = found.folder
+        config = experiment.within(folder).load(found.config)
+        checkpoints = find_checkpoints(path)
+    if best:
+        return config, evaluation.best_weights(config, folder, checkpoints)
+    return config, evaluation.SavedWeights.from_checkpoint(checkpoints.pick())
+
+
+def _print_metrics(
+    config: ExperimentConfig,
+    saved: SavedWeights,
+    sets: tuple[str, ...],
+    weights: tuple[str, ...],
+    max_batches: int | None,
+    as_json: bool,
+) -> None:
+    from robo_orchard_lab.experiment import evaluation
+
+    metrics = evaluation.evaluate(config, saved, sets, weights=weights, max_batches=max_batches)
     if not training.is_first_rank():
         return
     if as_json:
-        print_json({"weights": str(weights.path), "step": weights.step, "metrics": metrics})
+        print_json({"weights": str(saved.path), "step": saved.step, "metrics": metrics})
         return
-    say(str(weights.path))
+    say(str(saved.path))
     print_table(["metric", "value"], [[name, f"{value:.6g}"] for name, value in metrics.items()])
 
 
