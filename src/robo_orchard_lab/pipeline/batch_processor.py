@@ -244,8 +244,11 @@ def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: torch.Tens
             multiply_all(gradients, factor.to(device))
 
 
-NamedSteps: TypeAlias = Generator[tuple[str, torch.Tensor], None, Any]
-"""Generator that yields the name of an optimizer and its loss, and returns the outputs."""
+NamedSteps: TypeAlias = Generator[tuple[str, torch.Tensor], Any, Any]
+"""Generator that yields the name of an optimizer and its loss, and returns the outputs.
+
+A yield evaluates to True if the optimizer was stepped, False if its update was skipped, and None
+within an accumulation window and in an evaluation."""
 ForwardResult: TypeAlias = (
     tuple[Any, torch.Tensor | None]
     | tuple[Any, torch.Tensor, float | torch.Tensor]
@@ -327,7 +330,7 @@ class SimpleBatchProcessor(ABC):
 
             With several optimizers, return ``(outputs, {"g": loss, "d": loss})``, or define a
             generator: ``yield "d", loss`` runs the backward pass, and the update at an accumulation
-            boundary, before the code continues; its return value are the outputs.
+            boundary, before the code continues; see :data:`NamedSteps`.
         """
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
@@ -12,11 +13,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
-from robo_orchard_lab.pipeline.batch_processor import ForwardResult, NamedSteps
+from gan import GAN, Batch, JointGAN, adams, loss_d, loss_g, make_batches, make_model
+from robo_orchard_lab.pipeline import (
+    HookBasedTrainer,
+    NamedSteps,
+    PipelineHooks,
+    SimpleBatchProcessor,
+)
+from robo_orchard_lab.pipeline.batch_processor import ForwardResult
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import (
     BatchProcessorError,
@@ -35,62 +42,6 @@ from robo_orchard_lab.pipeline.hooks import (
     StatsMonitorConfig,
 )
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-def make_model() -> torch.nn.ModuleDict:
-    torch.manual_seed(0)
-    generator = torch.nn.Sequential(
-        torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
-    )
-    critic = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-    return torch.nn.ModuleDict({"g": generator, "d": critic})
-
-
-def make_batches(count: int = 7, last: int = 4) -> list[Batch]:
-    source = torch.Generator().manual_seed(1)
-    sizes = [4] * (count - 1) + [last]
-    return [
-        (torch.randn(n, 2, generator=source), torch.randn(n, 3, generator=source)) for n in sizes
-    ]
-
-
-def loss_d(model: Any, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    good, bad = model["d"](real), model["d"](fake.detach())
-    ones, zeros = torch.ones_like(good), torch.zeros_like(bad)
-    return binary_cross_entropy_with_logits(good, ones) + binary_cross_entropy_with_logits(
-        bad, zeros
-    )
-
-
-def loss_g(model: Any, fake: torch.Tensor) -> torch.Tensor:
-    judged = model["d"](fake)
-    return binary_cross_entropy_with_logits(judged, torch.ones_like(judged))
-
-
-class GAN(SimpleBatchProcessor):
-    """Named steps: the critic's update precedes the generator's forward pass."""
-
-    def forward(self, model: Any, batch: Batch) -> NamedSteps:
-        real, noise = batch
-        fake = model["g"](noise)
-        yield "d", loss_d(model, real, fake)
-        yield "g", loss_g(model, fake)
-        return fake.detach()
-
-
-class JointGAN(SimpleBatchProcessor):
-    """One forward pass, and a mapping of losses."""
-
-    def forward(self, model: Any, batch: Batch) -> ForwardResult:
-        real, noise = batch
-        fake = model["g"](noise)
-        return fake.detach(), {"g": loss_g(model, fake), "d": loss_d(model, real, fake)}
-
-
-def adams(model: Any, lr: float = 0.01) -> dict[str, torch.optim.Optimizer]:
-    return {name: torch.optim.Adam(model[name].parameters(), lr) for name in ("g", "d")}
 
 
 def make_trainer(
@@ -354,6 +305,98 @@ def test_a_loss_earlier_in_the_window_updates_at_its_end() -> None:
     assert trainer.progress.optimizer_steps == {"g": 1, "d": 1}
 
 
+class Counting(GAN):
+    """GAN that keeps the results of its yields."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[bool | None] = []
+
+    def forward(self, model: Any, batch: Batch) -> NamedSteps:
+        fake = model["g"](batch[1])
+        self.results.append((yield "d", loss_d(model, batch[0], fake)))
+        self.results.append((yield "g", loss_g(model, fake)))
+
+
+def test_a_yield_tells_whether_the_optimizer_was_stepped() -> None:
+    """A yield is None within a window, then True, or False where a hook skipped the update."""
+    hooks, processor = PipelineHooks("skip"), Counting()
+
+    @hooks.on_optimizer_step.before
+    def skip(args: PipelineHookArgs) -> None:
+        if args.optimizer_name == "d" and args.step_id == 3:
+            args.skip_reason = "the test skips it"
+
+    trainer = make_trainer([hooks], processor, accumulate=2, max_step=4)
+    trainer()
+    assert processor.results == [None, None, True, True, None, None, False, True]
+    assert trainer.progress.optimizer_steps == {"g": 2, "d": 1}
+    assert trainer.progress.optimizer_step_id == 2
+
+
+def test_each_optimizer_has_its_own_gradient_scaler() -> None:
+    """An overflow of the critic's gradients skips its update and halves its scale only.
+
+    The scalers are those of fp16; here they run on a CPU in fp32.
+    """
+    model = make_model()
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    hooks = PipelineHooks("overflow")
+
+    @hooks.on_model_backward.before
+    def overflow(args: PipelineHookArgs) -> None:
+        if args.optimizer_name == "d" and args.step_id == 1:
+            assert args.attached_loss is not None
+            args.attached_loss = args.attached_loss * torch.inf
+
+    clipping = GradientClippingHookConfig(max_norm=0.05)
+    trainer = HookBasedTrainer(
+        accelerator,
+        model,
+        make_batches(),
+        GAN(),
+        adams(model),
+        hooks=[clipping(), hooks],
+        max_step=3,
+    )
+    trainer()
+    assert trainer.progress.optimizer_steps == {"g": 3, "d": 2}
+    assert trainer.progress.skipped_optimizer_steps == 1
+    assert {name: scaler.get_scale() for name, scaler in trainer.scalers.items()} == {
+        "g": 4.0,
+        "d": 2.0,
+    }
+
+
+def test_scaled_gradients_train_like_plain_ones(tmp_path: Path) -> None:
+    """Scaling by a power of two changes nothing, and a checkpoint holds each scaler."""
+
+    def run(scale: float | None, **options: Any) -> HookBasedTrainer:
+        model = make_model()
+        accelerator = Accelerator(cpu=True)
+        if scale is not None:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer = HookBasedTrainer(
+            accelerator,
+            model,
+            make_batches(),
+            JointGAN(),
+            adams(model),
+            hooks=[GradientClippingHookConfig(max_norm=0.05)()],
+            **options,
+        )
+        trainer()
+        return trainer
+
+    expected = run(None, max_step=4).model.state_dict()
+    assert_equal(run(1024.0, max_step=4).model.state_dict(), expected)
+    run(1024.0, max_step=2).save_checkpoint(tmp_path / "saved")
+    resumed = run(2.0, max_step=4, resume_from=tmp_path / "saved")
+    assert_equal(resumed.model.state_dict(), expected)
+    assert {scaler.get_scale() for scaler in resumed.scalers.values()} == {1024.0}
+
+
 class OnlyGenerator(SimpleBatchProcessor):
     def forward(self, model: Any, batch: Batch) -> NamedSteps:
         yield "g", loss_g(model, model["g"](batch[1]))
@@ -441,6 +484,29 @@ def test_metrics_carry_the_names_of_optimizers() -> None:
         *("grad_norm/g", "grad_norm/d", "lr/g", *(f"lr/d/group{i}" for i in range(4))),
         *("loss/g", "loss/d", "loss/g_epoch", "loss/d_epoch"),
     }
+
+
+def test_updates_within_a_batch_count_as_compute() -> None:
+    """The time of named steps is compute time, not that of hooks."""
+
+    class Slow(GAN):
+        def forward(self, model: Any, batch: Batch) -> NamedSteps:
+            for name, loss in super().forward(model, batch):
+                time.sleep(0.02)
+                yield name, loss
+
+    records: dict[str, float] = {}
+    hooks = PipelineHooks("records")
+
+    @hooks.register_for_loop
+    def listen(args: PipelineHookArgs) -> Any:
+        return args.metrics.listen(
+            lambda record: records.update({v.name: v.value for v in record.values})
+        )
+
+    make_trainer([*observing()[1:], hooks], Slow(), max_step=2)()
+    assert records["perf/compute_s"] >= 0.04
+    assert records["perf/hooks_s"] < 0.02
 
 
 def test_clipping_can_name_its_optimizers() -> None:
@@ -728,6 +794,20 @@ def test_one_optimizer_refuses_named_losses(processor: SimpleBatchProcessor) -> 
     )
     with pytest.raises(BatchProcessorError, match=r"pass optimizer=\{name: ...\}"):
         trainer()
+
+
+def test_losses_that_share_a_graph_name_the_remedy() -> None:
+    """A second yielded loss on a freed graph is torch's error with the way out."""
+
+    class Shared(SimpleBatchProcessor):
+        def forward(self, model: Any, batch: Batch) -> NamedSteps:
+            judged = model["d"](model["g"](batch[1]))
+            yield "d", judged.square().mean()
+            yield "g", judged.mean()
+
+    with pytest.raises(RuntimeError, match="second time") as caught:
+        make_trainer(processor=Shared())()
+    assert "two yielded losses share a part of their graph" in str(caught.value.__notes__)
 
 
 @pytest.mark.parametrize(

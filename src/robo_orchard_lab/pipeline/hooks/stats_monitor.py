@@ -80,6 +80,7 @@ class StatsMonitor(PipelineHooks):
         self._process = psutil.Process()
         self._memory, self._memory_at = 0.0, -_MEMORY_EVERY_S
         self._committed_s = self._marked_at = 0.0
+        self._is_in_batch = False
         self._reset_times()
         hook = HookContext.from_callable
         self.register_for_loop(self._begin_loop)
@@ -131,11 +132,13 @@ class StatsMonitor(PipelineHooks):
         now = perf_counter()
         self._hooks_s += now - self._marked_at
         self._marked_at = now
+        self._is_in_batch = True
 
     def _end_compute(self, args: PipelineHookArgs) -> None:
         now = perf_counter()
         self._compute_s += now - self._marked_at
         self._marked_at = now
+        self._is_in_batch = False
 
     def _end_step(self, args: PipelineHookArgs) -> None:
         self._steps += 1
@@ -151,10 +154,14 @@ class StatsMonitor(PipelineHooks):
     def _begin_update(self, args: PipelineHookArgs) -> None:
         if self._norm_due[args.optimizer_name or ""]:
             gradient_norm(args)  # stored in args.grad_norm
+        if self._is_in_batch:  # a named step of several optimizers; all of it counts as compute
+            return
         self._begin_compute(args)
+        self._is_in_batch = False
 
     def _end_update(self, args: PipelineHookArgs) -> None:
-        self._end_compute(args)
+        if not self._is_in_batch:
+            self._end_compute(args)
         owner = args.optimizer_name or ""
         if self._norm_due[owner]:
             self._norm_due[owner] = self.cfg.grad_norm_every_update

@@ -31,6 +31,11 @@ from robo_orchard_lab.pipeline.hooks.optimizer import (
 )
 from robo_orchard_lab.pipeline.model import autocast_context, copy_all
 
+_SHARED_GRAPH = (
+    "two yielded losses share a part of their graph: compute it again after the first yield, or "
+    "return (outputs, {name: loss, ...}), whose backward passes keep the graph"
+)
+
 
 class NamedLosses:
     """Forward and backward passes of a batch with several optimizers.
@@ -66,9 +71,10 @@ class NamedLosses:
         self._autocast = autocast_context(run.accelerator)
         self._on_model_forward = hooks.get_channel("on_model_forward").run
         self._on_model_backward = hooks.get_channel("on_model_backward").run
-        self._steps: Generator[Any, None, Any] | None = None
+        self._steps: Generator[Any, Any, Any] | None = None
         self._losses: Mapping[str, torch.Tensor] = {}
         self._keeps_graph = False
+        self._committed: bool | None = None  # the result of a yield
         self._is_replicated = run.accelerator.num_processes > 1
 
     def run_batch(self, args: PipelineHookArgs) -> None:
@@ -76,7 +82,7 @@ class NamedLosses:
         args._named = NamedUpdates()
         if self._is_replicated:
             broadcast_tensors(list(self._run.model.buffers()))  # a collective, as in DDP
-        self._steps, self._losses, self._keeps_graph = None, {}, False
+        self._steps, self._losses, self._keeps_graph, self._committed = None, {}, False, None
         self._on_model_forward(args, self._forward)
         try:
             self._run_steps(args)
@@ -95,6 +101,7 @@ class NamedLosses:
             self._on_model_backward(args, self._backward)
             if args._at_accumulation_boundary:
                 self._updates.update(args)
+            self._committed = args.update_committed
             args.begin_entry(None)
             self._on_model_forward(args, self._resume)
 
@@ -126,7 +133,7 @@ class NamedLosses:
         assert self._steps is not None
         try:
             with self._autocast():
-                step = next(self._steps)
+                step = self._steps.send(self._committed)
         except StopIteration as end:
             args.model_outputs = end.value
             return
@@ -176,7 +183,12 @@ class NamedLosses:
         if args.scaler is not None:
             scaled = args.scaler.scale(scaled)
         if parameters := trainable_parameters(optimizer):  # else all are frozen
-            scaled.backward(inputs=parameters, retain_graph=self._keeps_graph)
+            try:
+                scaled.backward(inputs=parameters, retain_graph=self._keeps_graph)
+            except RuntimeError as error:
+                if "through the graph a second time" in str(error):
+                    error.add_note(_SHARED_GRAPH)
+                raise
 
 
 def make_named_updates(
@@ -268,8 +280,8 @@ def _different_steps(rows: Sequence[Sequence[int]], names: Sequence[str]) -> str
         shown.append(f"rank {rank} has {f'a loss for {losses}' if kind else ending}")
     return (
         f"expected losses for the same optimizers in the same order on all ranks, found: "
-        f"{'; '.join(shown)}; decide by args that are equal on all ranks, such as a counter, not "
-        "by random numbers or the batch"
+        f"{'; '.join(shown)}; choose losses by values that are equal on all ranks, such as a count "
+        "of steps, not by random numbers or the batch"
     )
 
 
