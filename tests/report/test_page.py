@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 from base64 import b64encode
 from hashlib import sha256
@@ -191,32 +192,45 @@ def test_a_comparison_shows_differences_alone(tmp_path: Path) -> None:
 
 
 def test_images_are_embedded_by_their_content(run: Path) -> None:
-    """A page embeds images and tables; a file that is no image, or outside, is named as such."""
+    """A page embeds images, texts and tables, and names a file that is none, or outside."""
     media = run / "media"
     media.mkdir()
     (media / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
     (media / "b.png").write_text("<svg onload=alert(1)>")
-    table = {"columns": ["truth"], "rows": [[3], ["<b>"]]}
+    (media / "d").mkdir()
+    (media / "d" / "1.csv").write_text('truth,"a, b"\n3,<b>\n')
+    (media / "e.md").write_text("# <b>")
+    (media / "f.json").write_text('{"lr": 0.1}')
     entries = [
         {"name": "a", "step": 3, "kind": "image", "file": "a.png", "caption": HOSTILE},
         {"name": "b", "file": "b.png"},
         {"name": "c", "file": "../run_state.json"},
-        {"name": "d", "kind": "table", "table": table},
+        {"name": "d", "kind": "table", "file": "d/1.csv"},
+        {"name": "e", "kind": "text", "file": "e.md"},
+        {"name": "f", "kind": "hyperparameters", "file": "f.json"},
     ]
     (media / "index.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     found = {item["name"]: item for item in read_story(run)["media"]}
     assert found["a"]["data"].startswith("data:image/png;base64,")
-    assert (found["b"]["data"], found["b"]["problem"]) == (None, "b.png is no image or video")
+    assert found["b"]["problem"] == "b.png is no image"
     assert found["c"]["problem"] == "the index names no file within the folder"
-    assert found["d"]["rows"] == [["3"], ["<b>"]]
+    assert (found["d"]["columns"], found["d"]["rows"]) == (["truth", "a, b"], [["3", "<b>"]])
+    assert (found["e"]["text"], found["f"]["rows"]) == ("# <b>", [["lr", "0.1"]])
 
 
 def test_a_page_replaces_the_old_one_or_leaves_it(tmp_path: Path) -> None:
-    """A failed write leaves the old page, and no other file."""
+    """A failed write, as on a full disk, leaves the old page, and no other file."""
     write(tmp_path / "report.html", "old")
     write(tmp_path / "report.html", "new")
-    assert (tmp_path / "report.html").read_text() == "new"
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
         write(tmp_path / "folder", "page")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write(tmp_path / "report.html", "page" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "report.html").read_text() == "new"
     assert sorted(os.listdir(tmp_path)) == ["folder", "report.html"]

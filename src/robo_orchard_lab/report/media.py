@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 from base64 import b64encode
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from robo_orchard_core.utils.untrusted_text import path_problem
 from robo_orchard_lab.report.files import (
     Problems,
-    items,
     mapping,
+    parse_json,
     read_bytes,
     read_lines,
     text,
@@ -21,6 +23,7 @@ MEDIA = "media"
 MAX_EMBEDDED_BYTES = 16 << 20
 """Bytes of all media of a page; of more, the newest are embedded."""
 _MAX_ITEMS = 200
+_MAX_ROWS = 500
 _MAX_FILE_BYTES = 8 << 20
 _TYPES = {
     b"\x89PNG\r\n\x1a\n": "image/png",
@@ -44,42 +47,54 @@ def media_type(data: bytes) -> str | None:
 
 
 def read_media(folder: Path, problems: Problems) -> list[dict[str, Any]]:
-    """Read media/index.jsonl and embed its files, the newest first."""
-    entries = [*read_lines(folder / MEDIA / "index.jsonl", problems)]
-    if len(entries) > _MAX_ITEMS:
-        problems.add(f"of {len(entries):,} media, the newest {_MAX_ITEMS} are shown")
+    """Read media/index.jsonl and its files, the newest first; images and videos are embedded."""
+    by_file = {
+        text(entry.get("file"), limit=300): entry
+        for entry in read_lines(folder / MEDIA / "index.jsonl", problems)
+    }
+    if len(by_file) > _MAX_ITEMS:
+        problems.add(f"of {len(by_file):,} media, the newest {_MAX_ITEMS} are shown")
     found, rest = [], MAX_EMBEDDED_BYTES
-    for entry in reversed(entries[-_MAX_ITEMS:]):
+    for file, entry in [*reversed(by_file.items())][:_MAX_ITEMS]:
         item: dict[str, Any] = {
             "name": text(entry.get("name"), "unnamed", 200),
             "step": whole(entry.get("step")),
             "kind": text(entry.get("kind"), "image", 20),
             "caption": text(entry.get("caption"), limit=1000),
-            "file": text(entry.get("file"), limit=300),
-            "data": None,
-            "problem": "",
         }
-        table = mapping(entry.get("table"))
-        if item["kind"] == "table":
-            item["columns"] = [text(c, limit=200) for c in items(table.get("columns"))[:50]]
-            item["rows"] = [
-                [text(cell, limit=500) for cell in items(row)[:50]]
-                for row in items(table.get("rows"))[:500]
-            ]
-        elif path_problem(item["file"]) or not item["file"]:
+        data = None
+        if not file or path_problem(file):
             item["problem"] = "the index names no file within the folder"
+        elif (data := read_bytes(folder / MEDIA / file, problems, _MAX_FILE_BYTES)) is None:
+            item["problem"] = f"{file} is missing or can't be read"
+        elif len(data) > rest:
+            item["problem"] = f"{file} is not embedded: the page is large enough"
         else:
-            data = read_bytes(folder / MEDIA / item["file"], problems, _MAX_FILE_BYTES)
-            kind = None if data is None else media_type(data)
-            if data is None:
-                item["problem"] = f"{item['file']} is missing or can't be read"
-            elif kind is None:
-                item["problem"] = f"{item['file']} is no image or video"
-            elif len(data) > rest:
-                item["problem"] = f"{item['file']} is not embedded: the page is large enough"
-            else:
-                rest -= len(data)
-                item["kind"] = kind.partition("/")[0]
-                item["data"] = f"data:{kind};base64,{b64encode(data).decode()}"
+            rest -= len(data)
+            item |= _content(item["kind"], data) or {"problem": f"{file} is no {item['kind']}"}
         found.append(item)
     return found
+
+
+def _content(kind: str, data: bytes) -> dict[str, Any] | None:
+    """Return the content of a file for the page, or None if the file is of another kind."""
+    try:
+        if kind == "text":
+            return {"text": text(data.decode(), limit=20_000)}
+        if kind == "table":
+            rows = [
+                [text(cell, limit=500) for cell in row[:50]]
+                for row in islice(csv.reader(data.decode().splitlines()), _MAX_ROWS)
+            ]
+            return {"columns": rows[0], "rows": rows[1:]} if rows else None
+        if kind == "hyperparameters":
+            values = [*mapping(parse_json(data)).items()][:_MAX_ROWS]
+            rows = [[text(name, limit=200), text(value, "null", 500)] for name, value in values]
+            return {"columns": ["name", "value"], "rows": rows}
+    except (ValueError, csv.Error):
+        return None
+    if (found := media_type(data)) is None:
+        return None
+    # An animated PNG is an image to a browser.
+    embedded = f"data:{found};base64,{b64encode(data).decode()}"
+    return {"kind": found.partition("/")[0], "data": embedded}

@@ -109,6 +109,7 @@ def read_story(folder: Path, points: int = MAX_POINTS) -> dict[str, Any]:
     return {
         "name": text(config.document.get("name")) or folder.resolve().name,
         "folder": text(os.fspath(folder.resolve())),
+        "is_experiment": bool(config.document),
         "verdict": verdict,
         "seconds": run_seconds(state, events),
         "evaluations": _evaluations(metrics, config.modes()),

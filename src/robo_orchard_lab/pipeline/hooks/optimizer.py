@@ -202,10 +202,8 @@ class OptimizerHook(PipelineHooks):
         self._record_skip(args, str(args.skip_reason))
 
     def _record_skip(self, args: PipelineHookArgs, reason: str) -> None:
-        # The open step counts as completed where its metrics are logged.
-        args._run.state_file.events.add(
-            "skipped update", reason, args._run.progress.global_step_id + 1
-        )
+        name = f"{self.optimizer_name}: " if self.optimizer_name else ""
+        args._run.state_file.events.add("skipped update", name + reason)
 
     def _finish_named(self, args: PipelineHookArgs, named: NamedUpdates, committed: bool) -> None:
         progress, is_counted = args._run.progress, named.is_counted

@@ -59,7 +59,7 @@ class EventLog:
             kind: ``start``, ``resume``, ``evaluation``, ``save``, ``skipped update``,
                 ``rollback``, ``warning``, ``error`` or ``end``.
             text: description for people, in one line.
-            step: number of completed steps; by default of the run.
+            step: number of completed steps; by default of the run, with an open step.
         """
         with self._lock:
             self._counts[kind] += 1
@@ -70,7 +70,7 @@ class EventLog:
             event = {
                 "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "event": kind,
-                "step": self._progress.global_step_id if step is None else step,
+                "step": self._progress.steps_done if step is None else step,
                 "epoch": self._progress.epoch_id,
                 "text": visible(text)[:_LONGEST_TEXT],
             }

@@ -146,6 +146,13 @@
     return value === undefined || !curve ? null : fact(`last ${name}`, number(value));
   }
 
+  function resumeLine(run) {
+    if (!run.is_experiment || !["preempted", "failed"].includes(run.verdict.state)) return null;
+    const saved = run.checkpoints.findLast((c) => !c.damage && !c.non_finite.length);
+    if (!saved) return el("p", { class: "resume soft" }, "There is no intact checkpoint to resume from.");
+    return el("p", { class: "resume" }, `Resume from step ${number(saved.step)}: `, el("code", {}, `robo-orchard-lab resume ${run.folder}`));
+  }
+
   function verdictCard(run) {
     const v = run.verdict;
     const error = v.error && el("div", { class: "error" },
@@ -157,13 +164,14 @@
     return el("section", { class: `card verdict ${TONES[v.state]}`, id: "verdict", "aria-label": "Outcome" },
       el("div", { class: "line" }, chip(v.state), el("strong", {}, sentence(run))),
       error,
+      resumeLine(run),
       el("dl", { class: "facts" },
         bestFacts(run),
         lastLoss(run),
         fact("steps", number(v.steps ?? 0), v.epochs ? count(v.epochs, "epoch") : ""),
         v.skipped_updates ? fact("skipped updates", number(v.skipped_updates)) : null,
         v.rollbacks ? fact("rollbacks", number(v.rollbacks)) : null,
-        fact("time", duration(run.seconds), v.world_size > 1 ? `world size ${v.world_size}` : ""),
+        run.seconds === null ? null : fact("time", duration(run.seconds), v.world_size > 1 ? `world size ${v.world_size}` : ""),
         run.environment.commit ? fact("commit", run.environment.commit.slice(0, 10), changed) : null));
   }
 
@@ -225,6 +233,23 @@
     });
   }
 
+  // Points without neighbors, as between two NaNs, have no line and get a dot.
+  function alone(u, index) {
+    const column = u.data[index];
+    const found = [];
+    let before = null;
+    for (let i = 0; i < column.length; i++) {
+      if (column[i] === undefined) continue;
+      if (column[i] !== null && before === null) {
+        let next = i + 1;
+        while (next < column.length && column[next] === undefined) next++;
+        if ((column[next] ?? null) === null) found.push(i);
+      }
+      before = column[i];
+    }
+    return found;
+  }
+
   class Chart {
     constructor(title, series) {
       this.title = title;
@@ -281,7 +306,7 @@
       const [soft, grid] = [color("soft"), color("grid")];
       const lines = this.series.flatMap((s, index) => {
         const stroke = this.color(index);
-        const line = { label: s.name, stroke, width: 1.7, dash: this.dash(index), show: this.shown[index] };
+        const line = { label: s.name, stroke, width: 1.7, dash: this.dash(index), show: this.shown[index], points: { filter: (u, at, show) => (show ? null : alone(u, at)) } };
         return state.smoothing ? [{ ...line, stroke: `${stroke}55`, width: 1 }, { ...line, points: { show: false } }] : [line];
       });
       const axis = { stroke: soft, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 }, font: "11px system-ui, sans-serif" };
@@ -532,8 +557,9 @@
     if (!run.media.length) return null;
     const cell = (item) => {
       const label = `${item.name}${item.step === null ? "" : `, step ${number(item.step)}`}`;
-      let body = el("p", { class: "soft" }, item.problem || item.file);
-      if (item.kind === "table" && item.columns) body = table(item.columns, item.rows, label, item.rows.length > 12);
+      let body = el("p", { class: "soft" }, item.problem);
+      if (item.text !== undefined) body = el("div", { class: "scroll tall note code", tabIndex: 0, role: "region", "aria-label": label }, item.text);
+      else if (item.columns) body = table(item.columns, item.rows, label, item.rows.length > 12);
       else if (item.data && item.kind === "video") body = el("video", { controls: true, src: item.data, "aria-label": label });
       else if (item.data) {
         body = el("img", { src: item.data, alt: item.caption || label });

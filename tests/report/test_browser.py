@@ -1,0 +1,274 @@
+"""Reports in headless Chromium: console, requests, curves, dark mode, keyboard, width, axe-core.
+
+``bash scripts/test_browser.sh`` installs Chromium, Selenium and axe-core, and runs these tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from robo_orchard_lab.report.page import render
+from run_folders import HOSTILE, record, write_metrics
+
+pytestmark = pytest.mark.browser
+webdriver = pytest.importorskip("selenium.webdriver")
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+AXE = os.environ.get("AXE_CORE", "")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+    "--hide-scrollbars",
+)
+ON_ERROR = "addEventListener('error', e => (window.problems ??= []).push(e.message))"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Return a running headless Chromium."""
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("Chromium or ChromeDriver is missing")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    profile = tempfile.mkdtemp()
+    for flag in (*FLAGS, f"--user-data-dir={profile}", "--window-size=1280,1000"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    service = webdriver.ChromeService(executable_path=DRIVER)
+    driver = webdriver.Chrome(options=options, service=service)
+    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": ON_ERROR})
+    try:
+        yield driver
+    finally:
+        driver.quit()
+        shutil.rmtree(profile, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run folder with hostile names, gaps, and one very long curve."""
+    rng = random.Random(0)
+    lines = [
+        record(s, **{"loss/total": 1 / s, HOSTILE: rng.random(), "eval/a/loss": -1.0 * s})
+        for s in range(1, 40)
+    ]
+    lines += [record(40, **{"loss/total": "NaN"}), record(41, **{"loss/total": 0.5})]
+    lines += [record(s, long=rng.gauss(0, 1)) for s in range(42, 20_042)]
+    folder = write_metrics(tmp_path_factory.mktemp("hostile") / "run", lines)
+    hook = {"hook": "<script>alert(1)</script>", "class_name": HOSTILE, "when": "1 step"}
+    plan = [{"channel": channel, **hook} for channel in ("on_step", "on_epoch", HOSTILE)]
+    (folder / "plan.json").write_text(json.dumps({"hooks": plan}))
+    events = [{"event": kind, "step": 3, "text": HOSTILE} for kind in ("warning", HOSTILE)]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    error = {"type": "RuntimeError", "message": HOSTILE * 20, "hook": HOSTILE, "rank": 3}
+    state = {"state": "failed", "error": error, "progress": {"global_step_id": 20_041}}
+    (folder / "run_state.json").write_text(json.dumps(state))
+    config = {"name": HOSTILE, "hooks": {"x" * 150: {"class_type": "y" * 900}}}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    media = folder / "media"
+    media.mkdir()
+    (media / "a.csv").write_text("a,b\n" + "<b>,2\n" * 30)
+    (media / "index.jsonl").write_text(
+        json.dumps({"name": HOSTILE, "kind": "table", "file": "a.csv", "step": 1})
+        + "\n"
+        + json.dumps({"name": "gone", "kind": "image", "file": "gone.png"})
+    )
+    return folder
+
+
+@pytest.fixture(params=["run", "hostile", "comparison"])
+def page(
+    request: pytest.FixtureRequest, browser: Any, recorded: Path, hostile: Path, tmp_path: Path
+) -> Any:
+    """Return the browser with a page of a real run, of hostile files, or of both."""
+    folders = {"run": [recorded], "hostile": [hostile], "comparison": [recorded, hostile]}
+    return opened(browser, tmp_path, folders[request.param])
+
+
+def opened(browser: Any, folder: Path, runs: list[Path]) -> Any:
+    """Open the page of runs, with all its curves drawn."""
+    file = folder / "page.html"
+    file.write_text(render(runs), encoding="utf-8")
+    browser.set_window_size(1280, 1000)
+    browser.get_log("browser")
+    browser.get_log("performance")
+    browser.get(file.as_uri())
+    browser.execute_script("document.querySelectorAll('details').forEach(d => (d.open = true))")
+    browser.execute_script("report.drawAll()")
+    return browser
+
+
+def test_a_page_has_no_error_and_makes_no_request(page: Any) -> None:
+    """The console is empty, no script fails, and the browser requests the page alone."""
+    assert page.get_log("browser") == []
+    assert page.execute_script("return window.problems ?? []") == []
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    requested = [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+    assert [url for url in requested if not url.startswith("data:")] == [page.current_url]
+
+
+def test_hostile_names_make_no_element(page: Any) -> None:
+    """No element comes from the text of a run, and no script of a run was executed."""
+    counts = "return ['#page script', '#page b', '#page [onerror]', 'iframe'].map(s => " + (
+        "document.querySelectorAll(s).length)"
+    )
+    assert page.execute_script(counts) == [0, 0, 0, 0]
+
+
+def test_each_curve_has_its_points(page: Any) -> None:
+    """The points that a chart draws of a curve are the finite points of the page's data."""
+    drawn = page.execute_script(
+        "return report.charts.map(c => c.series.map((s, i) => "
+        "[s.name, c.plot.data[i + 1].filter(y => y != null).length, "
+        "s.y.filter(y => y !== null).length]))"
+    )
+    curves = [curve for chart in drawn for curve in chart]
+    assert len(curves) == page.execute_script(
+        "return report.data.runs.flatMap(r => Object.keys(r.series)).length"
+    )
+    for name, points, expected in curves:
+        assert points == expected > 0, name
+
+
+def test_smoothing_and_log_scale_keep_points(page: Any) -> None:
+    """Smoothing adds a line to each curve; a log scale drops the values that have no logarithm."""
+    page.execute_script("report.state.smoothing = 0.9; report.charts.forEach(c => c.draw())")
+    counts = page.execute_script(
+        "return report.charts.every(c => c.plot.data.length === 1 + 2 * c.series.length)"
+    )
+    assert counts is True
+    page.execute_script(
+        "report.state.smoothing = 0; report.state.log = true; report.charts.forEach(c => c.draw())"
+    )
+    assert page.execute_script(
+        "return report.charts.every(c => c.plot.data.slice(1).flat()"
+        ".every(y => !(y <= 0) || y == null))"
+    )
+    assert page.get_log("browser") == []
+
+
+def test_dark_mode_follows_the_system_and_the_button(page: Any) -> None:
+    """The page's background is dark with a dark system, and the button overrides the system."""
+    back = "return getComputedStyle(document.body).backgroundColor"
+    shades = []
+    for scheme in ("light", "dark"):
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        red = page.execute_script(back).split("(")[1].split(",")[0]
+        shades.append(int(red))
+    button = page.find_element("css selector", "header .tool")
+    button.click()  # light
+    shades.append(int(page.execute_script(back).split("(")[1].split(",")[0]))
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    light, dark, chosen = shades
+    assert light > 200 > 60 > dark
+    assert (chosen, button.text) == (light, "Theme: light")
+
+
+def test_charts_work_with_the_keyboard(browser: Any, recorded: Path, tmp_path: Path) -> None:
+    """Tab reaches a chart; arrows move its cursor, plus zooms all charts, 0 shows all again."""
+    page = opened(browser, tmp_path, [recorded])
+    keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
+    chains = pytest.importorskip("selenium.webdriver.common.action_chains").ActionChains
+
+    def press(*pressed: str) -> None:
+        chains(page).send_keys(*pressed).perform()
+
+    page.execute_script("document.querySelector('#curves .tool').focus()")
+    for _ in range(20):
+        press(keys.TAB)
+        if page.execute_script("return document.activeElement.className") == "plot":
+            break
+    step = "return document.activeElement.closest('figure').querySelector('.soft').textContent"
+    press(keys.HOME)
+    assert page.execute_script(step) == "step 1"
+    press(keys.ARROW_RIGHT, keys.ARROW_RIGHT)
+    assert page.execute_script(step) == "step 3"
+    width = "return report.charts.map(c => c.plot.scales.x.max - c.plot.scales.x.min)"
+    complete = page.execute_script(width)
+    press("+")
+    zoomed = page.execute_script(width)
+    assert zoomed[0] < complete[0]
+    press("0")
+    assert page.execute_script(width) == complete
+
+
+@pytest.mark.parametrize("width", [320, 400, 768])
+def test_a_narrow_page_does_not_scroll_sideways(page: Any, width: int) -> None:
+    """No content is wider than the window; wide tables scroll inside of themselves."""
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        page.execute_async_script(
+            "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
+        )
+        found = "return [document.documentElement.scrollWidth, innerWidth]"
+        scroll, inner = page.execute_script(found)
+        assert scroll <= inner == width
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.skipif(not AXE, reason="AXE_CORE names no axe.min.js")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_core_finds_nothing_serious(page: Any, scheme: str) -> None:
+    """axe-core finds no serious or critical problem, in light and in dark."""
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    page.execute_cdp_cmd("Page.setBypassCSP", {"enabled": True})
+    page.set_script_timeout(60)
+    page.execute_script(Path(AXE).read_text("utf-8"))
+    found = page.execute_async_script("axe.run().then(r => arguments[0](r.violations))")
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    serious = [
+        (each["id"], each["nodes"][0]["html"][:200], each["nodes"][0]["failureSummary"])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+
+
+def test_a_million_points_open_within_three_seconds(browser: Any, tmp_path: Path) -> None:
+    """A page of a million points is drawn within three seconds of its load."""
+    rng = random.Random(0)
+    lines = (
+        record(s, **{f"train/m{i}": rng.gauss(i, 1) for i in range(10)}) for s in range(100_000)
+    )
+    file = tmp_path / "page.html"
+    file.write_text(render([write_metrics(tmp_path / "run", lines)]))
+    began_at = time.monotonic()
+    browser.get(file.as_uri())
+    browser.execute_script("report.drawAll()")
+    assert time.monotonic() - began_at < 3
+    assert browser.execute_script("return report.charts.every(c => c.plot)")
+
+
+def test_a_page_prints_all_curves_in_light(page: Any) -> None:
+    """Printing opens all sections, draws all curves, and uses light colors."""
+    page.execute_script("dispatchEvent(new Event('beforeprint'))")
+    state = page.execute_script(
+        "return [document.documentElement.dataset.theme, report.charts.every(c => c.plot), "
+        "[...document.querySelectorAll('details')].every(d => d.open)]"
+    )
+    page.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert state == ["light", True, True]
+    assert len(page.execute_cdp_cmd("Page.printToPDF", {})["data"]) > 10_000
