@@ -20,10 +20,11 @@ def _python_blocks(document: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", document.read_text("utf-8"), re.S)
 
 
+RUN_ELSEWHERE = ("experiments", "moving_over")  # by tests of their own
 BLOCKS = [
     pytest.param(script, id=f"{document.stem}-{number}")
     for document in [ROOT / "README.md", *PAGES]
-    if document.stem != "experiments"  # test_experiments_page.py runs its script
+    if document.stem not in RUN_ELSEWHERE
     for number, script in enumerate(_python_blocks(document))
 ]
 

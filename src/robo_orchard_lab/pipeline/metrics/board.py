@@ -173,6 +173,15 @@ class MetricsBoard:
         if total.host_weight and total.tensor is None:
             accumulator.latest = total.host / total.host_weight
 
+    def publish_all(self, other: MetricsBoard) -> None:
+        """Move the accumulated values of another board to this one."""
+        for name, accumulator in other._accumulators.items():
+            own = self._accumulators.get(name) or self._open(name, accumulator.reduce)
+            own.merge(accumulator)
+            own.is_weighted, own.latest = accumulator.is_weighted, accumulator.latest
+            own.step = self._progress.steps_done
+        other._accumulators = {}
+
     def defer(self, metrics: DeferredMetrics) -> None:
         """Publish metrics to compute from tensors at the next logging point.
 
@@ -547,7 +556,8 @@ class MetricsBoard:
         names = metrics.names()
         groups = {_group(name) for name in names if name.startswith(_EVALUATION_PREFIX)}
         for name, who in self.expected_names():
-            if _group(name) in groups and name not in names and name not in self._last_values:
+            known = {*names, *self._reductions, *self._last_values}
+            if _group(name) in groups and name not in known:
                 raise UnknownMetricError(name, {*self.names(), *names}, who)
 
 

@@ -61,6 +61,10 @@ class NamedLosses:
     The code after the last yield runs in ``on_model_forward`` as well. In the second form,
     backward passes follow in the order of the mapping, each in ``on_model_backward``; the updates
     follow at the end of ``on_step``. A loss adds to the gradients of its own optimizer only.
+
+    A processor with ``forward_with_updates(model, batch, updates)`` instead makes its updates
+    itself, within ``on_model_forward``: it calls ``updates.backward(loss)`` and
+    ``updates.make_update(name)``, and returns the outputs. Accumulation is its own as well.
     """
 
     def __init__(
@@ -76,6 +80,8 @@ class NamedLosses:
         self._keeps_graph = False
         self._committed: bool | None = None  # the result of a yield
         self._is_replicated = run.accelerator.num_processes > 1
+        self._own_forward = getattr(run.batch_processor, "forward_with_updates", None)
+        self._args = PipelineHookArgs(run)  # of the step, for the processor's own updates
 
     def run_batch(self, args: PipelineHookArgs) -> None:
         """Run all forward and backward passes of a batch, and the updates of named steps."""
@@ -113,6 +119,11 @@ class NamedLosses:
     def _forward(self, args: PipelineHookArgs) -> None:
         if args._batch_skip_reason is not None:
             raise PipelineStateError(SKIP_TOO_LATE)
+        if self._own_forward is not None:
+            self._args = args
+            with self._autocast():
+                args.model_outputs = self._own_forward(self._run.model, args.batch, self)
+            return
         with self._autocast():
             result: Any = self._run.batch_processor.forward(self._run.model, args.batch)
         if isinstance(result, Generator):
@@ -127,6 +138,28 @@ class NamedLosses:
         self._losses = {name: self._checked(name, loss) for name, loss in losses.items()}
         assert args._named is not None
         args._named.losses.update({name: loss.detach() for name, loss in self._losses.items()})
+
+    def backward(self, loss: torch.Tensor, **options: Any) -> None:
+        """Run a backward pass into all parameters, with options of ``Tensor.backward``."""
+
+        def backward(args: PipelineHookArgs) -> None:
+            assert args.attached_loss is not None
+            divisor = args._loss_divisor  # of ranks with batches of different sizes
+            scaled = args.attached_loss if divisor == 1.0 else args.attached_loss / divisor
+            scaled.backward(**options)
+
+        self._args.attached_loss = loss
+        self._on_model_backward(self._args, backward)
+
+    def make_update(self, name: str) -> None:
+        """Step an optimizer with the gradients of its parameters, which are None afterwards."""
+        args, loss = self._args, self._args.attached_loss
+        args.begin_entry(name, loss)
+        if args._named is not None and loss is not None:
+            args._named.losses[name] = loss.detach()
+        self._updates.add_loss(name)
+        self._updates.update(args)
+        args.begin_entry(None)
 
     def _resume(self, args: PipelineHookArgs) -> None:
         """Run the processor up to its next yield or return; autocast ends with each of them."""

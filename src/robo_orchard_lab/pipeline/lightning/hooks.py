@@ -1,0 +1,341 @@
+"""Hooks that call those of a LightningModule, and the module's ``self.trainer``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.errors import (
+    PipelineConfigError,
+    PipelineStateError,
+    StateError,
+)
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.metrics.accumulators import Reduction
+from robo_orchard_lab.pipeline.state_schema import StateSchema, check_similar
+
+
+class LightningModuleHooks(PipelineHooks):
+    """Hooks that call those of a LightningModule, and collect what the module logs.
+
+    - Publishes: the names of ``self.log``, and ``eval/<loader>/<name>``.
+    - State: values that the module logged for the current epoch, and LR schedulers that it steps.
+
+    Args:
+        adapter: a ``LightningModuleProcessor``.
+    """
+
+    published_metrics = ("*",)
+
+    def __init__(self, adapter: Any) -> None:
+        super().__init__()
+        self._adapter = adapter
+        self._run: PipelineRun | None = None
+        self.args: Any = None
+        """Arguments of the current step."""
+        self.epoch: int = 0
+        """Current epoch, also in the evaluation after it."""
+        self.of_epoch = MetricsBoard()
+        """Values of ``self.log(on_epoch=True)`` since the start of the epoch."""
+        self.loader: str | None = None
+        """Loader of the current evaluation, or None."""
+        self.is_sanity_check = False
+        self.evaluated_batches = 0
+        """Number of batches of the current evaluation."""
+        self.metrics: dict[str, Any] = {}
+        """Objects of torchmetrics that the module logged in the current evaluation, by name."""
+        self.values: dict[str, Any] = {}
+        """Values that the module logged for the current evaluation, by name."""
+        call, overrides = adapter.call, adapter.overrides
+        self._call = call
+        self._changes_batch = overrides("on_after_batch_transfer", "on_train_batch_start")
+        if adapter.is_manual:
+            self.on_loop.before(self._check_manual)
+        self.register_hook("on_loop", HookContext.from_callable(self._begin_loop, self._end_loop))
+        epoch = HookContext.from_callable(self._begin_epoch, self._end_epoch)
+        self.register_hook("on_epoch", epoch)
+        self.on_step.before(self._begin_step)
+        if overrides("on_before_backward"):
+            self.on_model_backward.before(
+                lambda args: call("on_before_backward", args.attached_loss)
+            )
+        if overrides("on_after_backward"):
+            self.on_model_backward.after(
+                lambda args: None if args.exception else call("on_after_backward")
+            )
+        if overrides("on_before_optimizer_step"):
+            self.on_optimizer_step.before(
+                lambda args: call("on_before_optimizer_step", args.optimizer)
+            )
+        if overrides("on_train_batch_end"):  # after the update, where there is one
+            if not adapter.is_manual:
+                self.on_optimizer_step.after(self._end_batch)
+            self.on_step.after(self._end_step)
+        evaluation = HookContext.from_callable(self._begin_evaluation, self._end_evaluation)
+        self.register_hook("on_evaluation", evaluation)
+
+    @property
+    def run(self) -> PipelineRun:
+        """Run in progress."""
+        if self._run is None:
+            raise PipelineStateError(
+                f"{type(self._adapter.module).__name__} logs, or reads its trainer, outside of a "
+                "run; pass adapter.hooks() to the trainer"
+            )
+        return self._run
+
+    @property
+    def is_running(self) -> bool:
+        """Return True during a run."""
+        return self._run is not None
+
+    def publish(
+        self,
+        board: MetricsBoard,
+        name: str,
+        value: Any,
+        reduce: Reduction,
+        size: int | None,
+        in_step: bool,
+    ) -> None:
+        """Publish a value; a mean is weighted by the samples of the step's batch."""
+        if in_step and self.args.is_padding_step:
+            if reduce == "mean":
+                board.publish(name, 0.0, reduce, 0.0)
+        elif in_step and reduce == "mean":
+            board.publish(name, value, reduce, self.args.batch_size if size is None else size)
+        else:
+            board.publish(name, value, reduce)
+
+    # --- training -----------------------------------------------------------------------------
+
+    def _begin_loop(self, args: PipelineHookArgs) -> None:
+        if args.batch_processor is not self._adapter:
+            raise PipelineConfigError(
+                f"{self.name}: expected their LightningModuleProcessor as the trainer's batch "
+                f"processor, found another {type(args.batch_processor).__name__}"
+            )
+        self._run, self.epoch = args.run, args.epoch_id
+        self._call("on_fit_start")
+        self._call("on_train_start")
+
+    def _check_manual(self, args: PipelineHookArgs) -> None:
+        """Refuse accumulation and gradient scaling, which are the module's."""
+        accelerator = args.accelerator
+        if accelerator.gradient_accumulation_steps != 1 or accelerator.scaler is not None:
+            raise PipelineConfigError(
+                f"{type(self._adapter.module).__name__} has automatic_optimization=False: expected "
+                "gradient_accumulation_steps=1 and no fp16, since the module accumulates and "
+                "scales itself; pass Accelerator() or mixed_precision='bf16'"
+            )
+
+    def _end_loop(self, args: PipelineHookArgs) -> None:
+        if args.exception is None:
+            self.epoch = args.epoch_id
+            self._call("on_train_end")
+            self._call("on_fit_end")
+            self._call("teardown", stage="fit")
+        self._run = self.args = None
+
+    def _begin_epoch(self, args: PipelineHookArgs) -> None:
+        self.epoch = args.epoch_id
+        if args.step_id == 0:  # not in a run that resumes within the epoch
+            self._call("on_train_epoch_start")
+
+    def _end_epoch(self, args: PipelineHookArgs) -> None:
+        if args.epoch_completed and args.exception is None:
+            self._call("on_train_epoch_end")
+            args.metrics.publish_all(self.of_epoch)
+
+    def _begin_step(self, args: PipelineHookArgs) -> None:
+        self.args = args
+        if not self._changes_batch:
+            return
+        if self._adapter.overrides("on_after_batch_transfer"):
+            args.batch = self._call("on_after_batch_transfer", args.batch, 0)
+        if self._call("on_train_batch_start", args.batch, args.step_id) == -1:
+            raise PipelineStateError(
+                "on_train_batch_start returned -1, which ends the epoch in Lightning; set "
+                "self.trainer.should_stop = True to end the run, or use a shorter loader"
+            )
+
+    def _end_step(self, args: PipelineHookArgs) -> None:
+        if self._adapter.is_manual or not args.at_accumulation_boundary:
+            self._end_batch(args)
+
+    def _end_batch(self, args: PipelineHookArgs) -> None:
+        if args.exception is None:
+            outputs = args.model_outputs if isinstance(args.model_outputs, Mapping) else {}
+            if not self._adapter.is_manual and args.loss is not None:
+                outputs = {**outputs, "loss": args.loss / args.loss_divisor}
+            self._call("on_train_batch_end", outputs, args.batch, args.step_id)
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    @contextmanager
+    def sanity_check(self) -> Iterator[dict[str, float]]:
+        """Surround one batch as an evaluation; the mapping has the values of the end afterwards."""
+        values: dict[str, float] = {}
+        self.is_sanity_check = True
+        self._begin_values()
+        try:
+            yield values
+            values |= self._end_values()
+        finally:
+            self.is_sanity_check = False
+
+    def _begin_evaluation(self, args: PipelineHookArgs) -> None:
+        if not self._adapter.overrides("validation_step"):
+            return
+        loaders = [n for n, who in args.run.evaluated_loaders.items() if who == args.evaluation]
+        if len(loaders) != 1:
+            raise PipelineConfigError(
+                f"{args.evaluation} evaluates {', '.join(loaders)}; a LightningModule needs a "
+                "ValidationHook for each loader and weights: hooks={'val': ..., 'other': ...}"
+            )
+        self.loader, self.evaluated_batches = loaders[0], 0
+        with args.evaluating():
+            self._begin_values()
+
+    def _end_evaluation(self, args: PipelineHookArgs) -> None:
+        if args.exception is None and self.loader is not None:
+            with args.evaluating():
+                values = self._end_values()
+            for name, value in values.items():
+                args.metrics.publish(f"eval/{self.loader}/{name}", value)
+        self.loader = None
+
+    def _begin_values(self) -> None:
+        self.metrics, self.values = {}, {}
+        self._call("on_validation_start")
+        self._call("on_validation_epoch_start")
+
+    def _end_values(self) -> dict[str, Any]:
+        """Return the values of the complete evaluation; collectives of torchmetrics."""
+        self._call("on_validation_epoch_end")
+        self._call("on_validation_end")
+        for name, metric in self.metrics.items():
+            self.values[name] = metric.compute()
+            metric.reset()
+        return self.values
+
+    # --- state --------------------------------------------------------------------------------
+
+    state_schema = StateSchema(values=dict[str, Any], lr_schedulers=list[dict[str, Any]])
+
+    def state_dict(self) -> dict[str, Any]:
+        schedulers = [each.state_dict() for each in self._own_lr_schedulers()]
+        return {"values": self.of_epoch.state_dict(), "lr_schedulers": schedulers}
+
+    def check_state(self, state: Any, model: torch.nn.Module) -> None:
+        super().check_state(state, model)
+        MetricsBoard.check(state["values"])
+        live = [each.state_dict() for each in self._own_lr_schedulers()]
+        if len(live) != len(state["lr_schedulers"]):
+            raise StateError(
+                f"{self.name}: expected {len(live)} LR schedulers of the module, found "
+                f"{len(state['lr_schedulers'])} in the checkpoint"
+            )
+        check_similar(live, state["lr_schedulers"], f"{self.name}.lr_schedulers", strict=True)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        device = next(self._adapter.module.parameters()).device
+        self.of_epoch.load_state_dict(state["values"], device)
+        for own, saved in zip(self._own_lr_schedulers(), state["lr_schedulers"], strict=True):
+            own.load_state_dict(dict(saved))
+
+    def _own_lr_schedulers(self) -> list[Any]:
+        """Return the LR schedulers that the module steps itself, which the trainer lacks."""
+        found = self._adapter.configure()[1] if self._adapter.is_manual else []
+        return [each.scheduler for each in found]
+
+    def redistribute_states(
+        self, states: Sequence[Mapping[str, Any]], world_size: int
+    ) -> Sequence[Mapping[str, Any]]:
+        """Merge the values of all ranks."""
+        values = MetricsBoard.redistribute_states([s["values"] for s in states], world_size)
+        return [{**states[0], "values": own} for own in values]
+
+
+_CONSTANTS: dict[str, Any] = {
+    "logger": None,  # as with Trainer(logger=False)
+    "loggers": [],
+    "progress_bar_callback": None,
+    "fast_dev_run": False,
+    "testing": False,
+    "predicting": False,
+}
+_OF_RUN: dict[str, Callable[[PipelineRun], Any]] = {
+    "global_step": lambda run: (
+        sum(run.progress.optimizer_steps.values()) or run.progress.optimizer_step_id
+    ),
+    "max_epochs": lambda run: run.limits.max_epoch,
+    "max_steps": lambda run: run.limits.max_optimizer_step or -1,
+    "num_training_batches": lambda run: run.steps_per_epoch or math.inf,
+    "accumulate_grad_batches": lambda run: run.accelerator.gradient_accumulation_steps,
+    "world_size": lambda run: run.accelerator.num_processes,
+    "global_rank": lambda run: run.accelerator.process_index,
+    "local_rank": lambda run: run.accelerator.local_process_index,
+    "is_global_zero": lambda run: run.accelerator.is_main_process,
+    "should_stop": lambda run: run.requests.stop_request is not None,
+}
+_OF_HOOKS: dict[str, Callable[[LightningModuleHooks], Any]] = {
+    "current_epoch": lambda hooks: hooks.epoch,
+    "sanity_checking": lambda hooks: hooks.is_sanity_check,
+    "training": lambda hooks: hooks.loader is None and not hooks.is_sanity_check,
+    "validating": lambda hooks: hooks.loader is not None,
+}
+_OF_ADAPTER: dict[str, Callable[[Any], Any]] = {
+    "lightning_module": lambda adapter: adapter.module,
+    "optimizers": lambda adapter: adapter.configure()[0],
+    "lr_scheduler_configs": lambda adapter: adapter.configure()[1],
+}
+
+
+class TrainerOfModule:
+    """Counters and objects of the run: ``self.trainer`` of a LightningModule.
+
+    Any other attribute of Lightning's Trainer is a ``PipelineStateError``.
+    """
+
+    def __init__(self, adapter: Any, hooks: LightningModuleHooks) -> None:
+        vars(self).update(_adapter=adapter, _hooks=hooks)
+
+    def __deepcopy__(self, memo: Any) -> TrainerOfModule:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        adapter, total = self._adapter, self._adapter.total_optimizer_steps
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name in _CONSTANTS:
+            return _CONSTANTS[name]
+        if name in _OF_RUN:
+            return _OF_RUN[name](self._hooks.run)
+        if name in _OF_HOOKS:
+            return _OF_HOOKS[name](self._hooks)
+        if name in _OF_ADAPTER:
+            return _OF_ADAPTER[name](adapter)
+        remedy = "pass the value to the module, or move the code to a hook"
+        if name == "estimated_stepping_batches":
+            if total is not None:
+                return total
+            remedy = "pass total_optimizer_steps=... to it"
+        raise PipelineStateError(
+            f"{type(adapter.module).__name__} reads self.trainer.{name}, which "
+            f"LightningModuleProcessor does not know; {remedy}"
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "should_stop":
+            raise PipelineStateError(f"self.trainer.{name} can't be set; use a hook")
+        if value:
+            by = type(self._adapter.module).__name__
+            self._hooks.run.requests.stop("self.trainer.should_stop was set", by=by)

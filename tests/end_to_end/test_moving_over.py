@@ -1,0 +1,99 @@
+"""Scripts of docs/moving_over.md: another trainer's script and ours train equal weights."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from launching import launch
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/moving_over.md").read_text("utf-8")
+BEGIN, *SECTIONS = PAGE.split("\n## From ")
+PACKAGES = {
+    "Lightning": "pytorch_lightning",
+    "Transformers' Trainer": "transformers",
+    "Accelerate": "accelerate",
+    "MMEngine": "mmengine",
+}
+
+
+def _blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+SCRIPTS = {section.partition("\n")[0]: _blocks(section) for section in SECTIONS}
+COMMON = _blocks(BEGIN)[0]
+RELAXED = "import warnings\n\nwarnings.simplefilter('ignore')\n"  # of their libraries
+Weights = dict[str, torch.Tensor]
+WeightsOf = Callable[[str, int], Weights]
+
+
+@pytest.fixture(scope="module")
+def weights_of(tmp_path_factory: pytest.TempPathFactory) -> WeightsOf:
+    """Return a function that runs a script of the page once, and returns its network's weights."""
+
+    @functools.cache
+    def run(name: str, number: int) -> Weights:
+        script = SCRIPTS[name][number]
+        if name == "Lightning" and number == 2:  # with the module of the first script
+            script = SCRIPTS[name][0].partition("\nmodel = ")[0] + script
+        folder = tmp_path_factory.mktemp("script")
+        return (_run_theirs if number == 0 else _run_ours)(COMMON + script, folder)
+
+    return run
+
+
+def _run_ours(script: str, folder: Path) -> Weights:
+    """Run a script in this process, where warnings are errors."""
+    found = dict[str, Any]()
+    try:
+        with contextlib.chdir(folder):
+            exec(script, found)  # noqa: S102  # a script of the page
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    weights: Weights = found["net"].state_dict()
+    return weights
+
+
+def _run_theirs(script: str, folder: Path) -> Weights:
+    script = f"{RELAXED}{script}\ntorch.save(net.state_dict(), 'trained.pt')\n"
+    (folder / "script.py").write_text(script, encoding="utf-8")
+    launch(folder / "script.py", processes=1, folder=folder)
+    found: Weights = torch.load(folder / "trained.pt", weights_only=True)
+    return found
+
+
+def test_each_package_has_a_pair_of_scripts() -> None:
+    """The page has a script of each package and ours, and one of the adapter."""
+    assert {name: len(scripts) for name, scripts in SCRIPTS.items()} == {
+        name: 2 + (name == "Lightning") for name in PACKAGES
+    }
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_our_script_trains(name: str, weights_of: WeightsOf) -> None:
+    """Our script runs without a warning, and changes the weights."""
+    trained, untrained = weights_of(name, 1), dict[str, Any]()
+    exec(COMMON, untrained)  # noqa: S102  # lines of the page
+    assert not torch.equal(trained["0.weight"], untrained["make_net"]()[0].weight)
+
+
+@pytest.mark.parametrize(("name", "number"), [*((name, 1) for name in PACKAGES), ("Lightning", 2)])
+def test_both_scripts_train_equal_weights(name: str, number: int, weights_of: WeightsOf) -> None:
+    """The script of the other package and ours end with the same weights, bit for bit."""
+    package = PACKAGES[name]
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed; see requirements/peers.txt")
+    theirs, ours = weights_of(name, 0), weights_of(name, number)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
