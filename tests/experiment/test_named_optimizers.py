@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +17,16 @@ from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.experiment.build import make_optimizers
 from robo_orchard_lab.experiment.catalogue import CATALOGUE
 from robo_orchard_lab.experiment.document import read_experiment
+from robo_orchard_lab.experiment.dry_run import dry_run, fast_run
+from robo_orchard_lab.experiment.inspection import build_hook_set
 from robo_orchard_lab.experiment.overrides import from_arguments
 from robo_orchard_lab.experiment.parts import OptimizerConfig
 from robo_orchard_lab.experiment.resume_diff import Difference, differences
+from robo_orchard_lab.experiment.samples import MLP
 from robo_orchard_lab.experiment.schema import experiment_schema
+from robo_orchard_lab.pipeline import SimpleBatchProcessor
+from robo_orchard_lab.pipeline.metrics import UnknownMetricError
+from robo_orchard_lab.pipeline.plan import plan_hooks
 
 FILE = """\
 model: {class_type: MLP, inputs: 2, hidden: [8], outputs: 3}
@@ -36,7 +43,17 @@ lr_scheduler:
   last: {class_type: torch.optim.lr_scheduler:StepLR, step_size: 3, every: epoch}
 trainer: {max_epoch: 1}
 """
+TWO_LOSSES = ("--batch_processor", f"{{class_type: '{__name__}:TwoLosses'}}")
 ONE = "optimizer: {class_type: torch.optim:SGD, lr: 0.1, groups: {b: {parameters: ['*.bias']}}}\n"
+
+
+class TwoLosses(SimpleBatchProcessor):
+    """Batch processor with a loss for each of two layers."""
+
+    def forward(self, model: nn.Module, batch: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        inputs, targets = batch
+        for name in ("first", "last"):
+            yield name, nn.functional.cross_entropy(model(inputs), targets)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +68,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def load(*options: str, file: str = "several.yaml") -> Any:
     """Load the experiment of a file with options of the command line."""
-    return ExperimentConfig.load(file, overrides=from_arguments(options)[0])
+    return ExperimentConfig.load(file, overrides=from_arguments(options)[0], trust=__name__)
 
 
 def variant(text: str, base: str = "several.yaml") -> Any:
@@ -310,6 +327,64 @@ def test_errors_of_patterns_have_the_line_of_the_file() -> None:
         "several.yaml:9",
         "optimizer.last.parameters",
     )
+
+
+@pytest.mark.parametrize("form", ["several", "one"])
+def test_options_of_another_lr_scheduler_are_refused_with_their_line(form: str) -> None:
+    """A metric for an LR scheduler that follows none is refused at the line of its LR scheduler."""
+    path = "lr_scheduler.last" if form == "several" else "lr_scheduler"
+    value = "{class_type: torch.optim.lr_scheduler:ConstantLR, monitor: loss/total}"
+    with pytest.raises(ConfigError, match="is for ReduceLROnPlateau, found ConstantLR") as error:
+        load(f"--{path}", value, file=f"{form}.yaml").build()
+    assert (error.value.source, error.value.location) == (f"command line: --{path}", path)
+
+
+def test_a_metric_that_nobody_publishes_is_refused_with_its_line() -> None:
+    """The error before the first step names the LR scheduler's field in the file."""
+    plateau = "{class_type: torch.optim.lr_scheduler:ReduceLROnPlateau, monitor: eval/val/loss}"
+    experiment = load(*TWO_LOSSES, "--lr_scheduler.last", plateau)
+    with pytest.raises(UnknownMetricError, match="no hook is known to publish") as error:
+        experiment.build(run_folder="run").trainer()
+    place = "command line: --lr_scheduler.last: lr_scheduler.last.monitor"
+    assert str(error.value).startswith(place)
+
+
+def test_built_objects_have_the_names() -> None:
+    """Optimizers, LR schedulers and their options have the names of the file; auto is counted."""
+    schedule = "{class_type: torch.optim.lr_scheduler:LinearLR, total_iters: auto, every: epoch}"
+    run = load(*TWO_LOSSES, "--lr_scheduler.last", schedule, "--trainer.max_epoch", "3").build()
+    assert [*run.optimizers] == ["first", "last"]
+    assert run.optimizer is run.lr_scheduler is None
+    assert [*run.lr_schedulers] == ["last"]
+    assert run.lr_schedulers["last"].state_dict()["total_iters"] == 3
+    run.trainer()
+    assert run.trainer.progress.optimizer_steps == {"first": 6, "last": 6}
+    assert run.lr_schedulers["last"].last_epoch == 3
+
+
+def test_passed_optimizers_replace_those_of_the_file() -> None:
+    """Objects of the caller have the names of the file's LR schedulers, or an error says so."""
+    experiment = load(*TWO_LOSSES)
+    model = MLP(2, [8], 3)
+    first, _, last = model.layers
+    optimizers = {
+        "first": torch.optim.SGD(first.parameters(), lr=1),
+        "last": torch.optim.SGD(last.parameters(), lr=2),
+    }
+    run = experiment.build(model=model, optimizer=optimizers)
+    assert run.lr_schedulers["last"].base_lrs == [2]
+    with pytest.raises(ConfigFieldError, match="optimizer= lacks 'last'"):
+        experiment.build(model=model, optimizer=optimizers["first"])
+
+
+def test_trials_of_named_optimizers() -> None:
+    """A dry run measures the states of all optimizers; the plan has the hook that steps them."""
+    experiment = load(*TWO_LOSSES)
+    averages, steps = 2 * 24, 2  # of Adam, for 24 numbers in two parameters; SGD has no state
+    assert dry_run(experiment).memory.optimizer == 4 * (averages + steps)
+    assert "saved, and resumed from step 2 to 3" in fast_run(experiment)
+    planned = plan_hooks(build_hook_set(experiment))
+    assert ("on_step", "NamedOptimizersHook") in [(each.channel, each.hook) for each in planned]
 
 
 def changes(*options: str) -> list[Difference]:

@@ -51,7 +51,7 @@ from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import ValidationHookConfig
-from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit
+from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit, check_lr_scheduler
 from robo_orchard_lab.pipeline.model import (
     NamedParameters,
     all_named_parameters,
@@ -284,6 +284,8 @@ def make_lr_scheduler(
 ) -> LRScheduler:
     """Build an LR scheduler; ``count_steps`` computes ``auto``."""
     made: LRScheduler = _made_with(_counted(config, count_steps), {"optimizer": optimizer})
+    # Here, where an error gets its line in the file.
+    check_lr_scheduler(made, getattr(config, "every", None), getattr(config, "monitor", None))
     return made
 
 

@@ -186,8 +186,12 @@ class ExperimentConfig(ExperimentFields):
 
         File and line, option or variable, and the dotted path.
         """
-        fields = (CHECKPOINT, "optimizer", "lr_scheduler")
-        part = (owner,) if owner in fields else _TRAIN if owner == "data" else ("hooks", owner)
+        field, _, name = owner.partition(".")  # such as lr_scheduler.g
+        part: Path = ("hooks", owner)
+        if field in (CHECKPOINT, "optimizer", "lr_scheduler"):
+            part = (field, name) if name else (field,)
+        elif owner == "data":
+            part = _TRAIN
         path = (*part, *setting)
         error = ConfigError("", path)
         if self.document is not None:

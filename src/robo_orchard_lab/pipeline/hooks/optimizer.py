@@ -106,7 +106,7 @@ class OptimizerHook(PipelineHooks):
         self._body = self._update
         self._outside: list[torch.nn.Parameter] = []
 
-        _check_lr_scheduler(self.lr_scheduler, lr_scheduler_every, lr_scheduler_monitor)
+        check_lr_scheduler(self.lr_scheduler, lr_scheduler_every, lr_scheduler_monitor)
         is_plateau = isinstance(self.lr_scheduler, ReduceLROnPlateau)
         self.lr_scheduler_every: LRSchedulerUnit = lr_scheduler_every or (
             "epoch" if is_plateau else "optimizer_step"
@@ -402,8 +402,8 @@ def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _check_lr_scheduler(scheduler: Any, every: LRSchedulerUnit | None, monitor: str | None) -> None:
-    """Refuse options that contradict each other or the LR scheduler."""
+def check_lr_scheduler(scheduler: Any, every: LRSchedulerUnit | None, monitor: str | None) -> None:
+    """Raise a PipelineConfigError if options contradict each other or the LR scheduler."""
     units = get_args(LRSchedulerUnit)
     if every is not None and every not in units:
         raise PipelineConfigError(
