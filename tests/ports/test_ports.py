@@ -96,6 +96,11 @@ def test_resume_is_proven(port: Port, stops: list[int]) -> None:
     prove_resume(port.build, None, stops).check()
 
 
+def test_data_that_depends_on_the_model_resumes_on_two_ranks(tmp_path: Path) -> None:
+    """Each rank's environment acts with the newest weights, also in the step after a resume."""
+    launch(SCRIPTS / "resume_port_on_ranks.py", "dqn", tmp_path, 5, 24)
+
+
 @every_port
 def test_is_no_longer_than_the_plain_loop(port: Port) -> None:
     """The training with the trainer has no more lines of code than the plain loop."""

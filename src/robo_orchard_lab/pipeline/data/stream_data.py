@@ -149,6 +149,14 @@ class StreamData:
         return count_batches(self._user) if self._processes == 1 else self._length
 
     @property
+    def loads_ahead(self) -> bool:
+        """False if the batches may depend on the model, as of a stream that collects rollouts.
+
+        A batch of the next step would then differ when it is loaded again after a resume.
+        """
+        return self._stateful is None
+
+    @property
     def resume_problem(self) -> str | None:
         """Reason why a checkpoint from within an epoch can't be resumed, with remedies, or None."""
         if self._stateful is not None or self._is_list or self._order.fast_forward:

@@ -166,6 +166,11 @@ class TrainingData:
         """Reason why a checkpoint from within an epoch can't be resumed, with remedies, or None."""
         return self._source.resume_problem if isinstance(self._source, StreamData) else None
 
+    @property
+    def loads_ahead(self) -> bool:
+        """True if a batch may be loaded before the update of the step before."""
+        return not isinstance(self._source, StreamData) or self._source.loads_ahead
+
     def check_first_state(self, check: Callable[[Any], Any]) -> None:
         """Pass the own state of a loader or dataset to a function, before the next first step."""
         if isinstance(self._source, StreamData):

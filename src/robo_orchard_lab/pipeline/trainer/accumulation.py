@@ -42,10 +42,10 @@ class JointWindow:
 class JointWindows:
     """Aligns ranks with different batches, and different numbers of batches, within an epoch.
 
-    Ranks exchange the sizes of their batches for each window. A window of one step is exchanged
-    during the step before, so its batch is loaded one step in advance. A longer window is exchanged
-    when all its batches are loaded. The epoch ends when no rank has a batch. A rank without a batch
-    runs a padding step with its last batch, or with a batch from another rank if it had none.
+    Ranks exchange the sizes of their batches for each window, when all its batches are loaded. With
+    ``ahead``, a window of one step is exchanged during the step before. The epoch ends when no rank
+    has a batch. A rank without a batch runs a padding step with its last batch, or with a batch
+    from another rank if it had none.
     """
 
     length: int
@@ -58,6 +58,8 @@ class JointWindows:
     """Sizes of these batches, where the data knows them."""
     lengths: Iterator[int]
     """Maximum number of steps in each window, the open one included."""
+    ahead: bool
+    """Load the batch of a window of one step before the update of the step before."""
     _padding: list[Any] = field(default_factory=list, init=False)
     """Batch for padding steps, if any."""
 
@@ -80,7 +82,7 @@ class JointWindows:
             if not sizes:
                 return
             padding = self._padding
-            ahead = self._next() if self.length == 1 else None
+            ahead = self._next() if self.ahead else None
             yield window.batches + padding * (len(sizes) - within - len(window.batches)), sizes
             within = 0
             window = ahead or self._next()
@@ -213,6 +215,8 @@ class AccumulationWindows:
     ranks: int
     """World size."""
     weights: LossWeights
+    loads_ahead: bool = True
+    """True if a batch may be loaded before the update of the step before."""
     _within: int = field(default=0, init=False)
     """Batches of the open window that were yielded; 0 between two windows."""
     _planned: int = field(default=0, init=False)
@@ -271,7 +275,8 @@ class AccumulationWindows:
                 "the same kind of data loader and batch processor"
             )
         if joint:
-            windows = JointWindows(self.length, self._own_size, batches, given, lengths)
+            ahead = self.length == 1 and self.loads_ahead
+            windows = JointWindows(self.length, self._own_size, batches, given, lengths, ahead)
             return self._joint_windows(windows, from_start=done == 0)
         return self._loaded_ahead(batches, given, lengths)
 

@@ -326,7 +326,12 @@ class HookBasedTrainer:
             accelerator, window, partial(trained_parameters, self._run)
         )
         self._windows = AccumulationWindows(
-            window, self._data.counter, self._data.num_processes, world_size, self._loss_weights
+            window,
+            self._data.counter,
+            self._data.num_processes,
+            world_size,
+            self._loss_weights,
+            self._data.loads_ahead,
         )
         self._skipped = SkippedBatches(
             self._run,
