@@ -7,6 +7,7 @@ HOOK_MODULES = {
     "FreezeHook": "freeze",
     "GradientClippingHook": "gradient_clipping",
     "KeepBest": "keep_best",
+    "LogImages": "log_images",
     "LossTracker": "loss_tracker",
     "MetricTracker": "metric_tracker",
     "MetricsLogger": "metrics_logger",

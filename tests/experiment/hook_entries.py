@@ -26,6 +26,17 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
             "stop_on": 0.25,
         }
     ],
+    "LogImages": [
+        {
+            "every": "first | 5 steps",
+            "source": "outputs",
+            "key": "obs.image",
+            "name": "seen",
+            "max_images": 2,
+            "mean": [0.5],
+            "std": [0.25],
+        }
+    ],
     "EMA": [
         {
             "update_after_step": 10,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.optim import lr_scheduler
@@ -47,7 +48,7 @@ from robo_orchard_lab.pipeline.hooks import (
 )
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
-from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
+from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig, TrackerSinkConfig
 from tiny import equal, weights
 
 
@@ -638,3 +639,17 @@ def test_user_hook_needs_no_config_class() -> None:
     assert mine.name == "mine"
     assert isinstance(built.trainer, HookBasedTrainer)
     assert not isinstance(mine, ValidationHook)
+
+
+def test_trackers_get_the_values_of_the_file_as_hyperparameters(below: Path) -> None:
+    """TensorBoard's hyperparameters are the experiment's values by dotted path, and the sink's."""
+    sink = TrackerSinkConfig(trackers=["tensorboard"], folder="tb", hyperparameters={"note": "a"})
+    logger = MetricsLoggerConfig(sinks=[sink])
+    built = experiment(hooks={"log": logger}).build()
+    built.trainer()
+    (found,) = built.run_folder.glob("**/hparams.yml")
+    values = yaml.safe_load(found.read_text())
+    assert values["seed"] == 3
+    assert values["optimizer.lr"] == 0.1
+    assert values["data.train.batch_size"] == 4
+    assert values["note"] == "a"

@@ -52,6 +52,7 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import ValidationHookConfig
 from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit, check_lr_scheduler
+from robo_orchard_lab.pipeline.media import flatten
 from robo_orchard_lab.pipeline.model import (
     NamedParameters,
     all_named_parameters,
@@ -541,6 +542,8 @@ def build_experiment(
         stall_timeout_s=options.stall_timeout_s,
         locate=locate,
     )
+    with suppress(ConfigError):  # configs of live objects have no plain values
+        trainer.report.hyperparameters = flatten(experiment.to_dict())
     return BuiltExperiment(
         experiment,
         folder,

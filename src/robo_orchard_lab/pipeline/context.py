@@ -25,6 +25,7 @@ from robo_orchard_lab.pipeline.distributed.agreement import Agreement
 from robo_orchard_lab.pipeline.distributed.failure_watch import report_failure
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
 from robo_orchard_lab.pipeline.isolation import isolated_evaluation
+from robo_orchard_lab.pipeline.media import Report
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import WeightSet, autocast_context
 from robo_orchard_lab.pipeline.progress import (
@@ -218,12 +219,15 @@ class PipelineRun:
     """Ids of each optimizer's parameters, and the parameters in the order of the model; a cache."""
     commit_seconds: float = 0.0
     """Total time in evaluations, logging points and saves, in seconds."""
+    report: Report = field(init=False)
+    """Images, text and tables of the run."""
     may_skip_batches: bool = False
     """True if a hook called :meth:`PipelineHookArgs.allow_skip_batch`."""
 
     def __post_init__(self) -> None:
         counts: object = self.batch_processor if self.data is None else self.data
         self.count_samples = getattr(counts, "count_samples", self.count_samples)
+        self.report = Report(self.progress, self.folder, self.accelerator.process_index)
         if self.accelerator.scaler is not None and not self.scalers:
             self.scalers = {"": self.accelerator.scaler}
 
@@ -669,6 +673,11 @@ class PipelineHookArgs:
     def metrics(self) -> MetricsBoard:
         """Metrics board, to publish named scalars."""
         return self._run.metrics
+
+    @property
+    def report(self) -> Report:
+        """Report, to add images, videos, text, tables and hyperparameters."""
+        return self._run.report
 
     @property
     def requests(self) -> Requests:

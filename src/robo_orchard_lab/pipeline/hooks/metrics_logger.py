@@ -140,10 +140,13 @@ class MetricsLogger(PipelineHooks):
             group.write(record)
 
         # On every rank: all ranks must know that there are logging points.
-        listening = args.metrics.listen(write)
+        handles = [args.metrics.listen(write)]
+        for name, write_media in group.media_writers().items():
+            handles.append(args.report.attach(f"{self.name}, {name}", write_media))
 
         def close() -> None:
-            listening.remove()
+            for handle in handles:
+                handle.remove()
             self._unwritten = group.close()
 
         return RemovableHandle(close)

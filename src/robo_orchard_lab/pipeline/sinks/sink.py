@@ -12,6 +12,7 @@ from pydantic import Field
 from robo_orchard_core.utils.config import ClassConfig
 from robo_orchard_core.utils.logging import one_line
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.media import Receiver
 from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue, number_text
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
@@ -27,8 +28,9 @@ class MetricsSink(Protocol):
     full disk, is logged once; the sink gets the record again with the next one. After another
     error of ``write``, or an error of ``close``, the sink gets no more records. Training continues.
 
-    Two members are optional: ``flush()`` makes written records durable before a checkpoint is
-    saved, and ``newest_record`` is the newest record when the sink is opened, or None.
+    Three members are optional: ``flush()`` makes written records durable before a checkpoint is
+    saved, ``newest_record`` is the newest record when the sink is opened, or None, and
+    ``write_media(media)`` writes an image, a text or a table, see :class:`Media`.
     """
 
     def open(self, args: PipelineHookArgs) -> None:
@@ -191,6 +193,14 @@ class SinkGroup:
                 yield from ((f"{name}/{key}", sink) for key, sink in inner.open_sinks())
             else:
                 yield name, each
+
+    def media_writers(self) -> dict[str, Receiver]:
+        """Return the method that writes media of each open sink with such a method, by name."""
+        return {
+            name: each.sink.write_media
+            for name, each in self.open_sinks()
+            if hasattr(each.sink, "write_media")
+        }
 
     def close(self) -> dict[str, list[MetricsRecord]]:
         """Close all open sinks; return the records that could not be written, by sink."""

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
+import numpy as np
 from accelerate.tracking import (
     LOGGER_TYPE_TO_CLASS,
     GeneralTracker,
@@ -18,21 +19,23 @@ from accelerate.tracking import (
 from pydantic import Field, field_validator
 
 from robo_orchard_core.utils.config.errors import describe
+from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_core.utils.untrusted_text import path_problem
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.media import Hyperparameter, Media, Table
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.run.durable import temporary_name, write_file
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sinks.sink import MetricsSink, SinkConfig, SinkGroup
 
-Hyperparameter: TypeAlias = bool | int | float | str
 TrackerLike: TypeAlias = str | GeneralTracker
 
 _TENSORBOARD_OPTIONS = ("filename_suffix", "flush_secs", "max_queue", "purge_step")
 _PACKAGES = {"comet_ml": "comet-ml"}
 """Package names of trackers whose package has another name."""
 _ROOM_BYTES = 1 << 16
+_MAX_FRAMES = 64
 
 
 class TrackerSink:
@@ -59,7 +62,8 @@ class TrackerSink:
             to; others are started here and finished at the end of the run.
         project: W&B and Trackio project, MLflow experiment and TensorBoard folder.
         folder: folder for files; by default the Accelerator's ``logging_dir``, or ``runs``.
-        hyperparameters: hyperparameters of the run, logged at its start.
+        hyperparameters: hyperparameters of the run, logged at its start, in addition to those of
+            its experiment file.
         options: further constructor arguments by tracker name.
 
     Raises:
@@ -81,6 +85,7 @@ class TrackerSink:
         self._options = {name: dict(given) for name, given in (options or {}).items()}
         self.group: SinkGroup | None = None
         """Open trackers."""
+        self._known: list[RemovableHandle] = []
         self.reports_as = type(self).__name__
         """Name in reports."""
         for tracker in self._trackers:
@@ -104,7 +109,9 @@ class TrackerSink:
         for tracker in self._trackers or _accelerator_trackers(args.accelerator):
             live = self._make(tracker, args) if isinstance(tracker, str) else tracker
             is_started = any(live is known for known in args.accelerator.trackers)
-            sinks[_name(tracker)] = _OneTracker(live, is_started, self._hyperparameters)
+            given = {**args.report.hyperparameters, **self._hyperparameters}
+            sinks[_name(tracker)] = _OneTracker(live, is_started, given)
+            self._known.append(args.report.attach_tracker(_name(tracker), live))
         self.group = SinkGroup(sinks, self.reports_as)
         self.group.open(args)
 
@@ -114,6 +121,8 @@ class TrackerSink:
 
     def close(self) -> None:
         """Finish the trackers started by this sink."""
+        while self._known:
+            self._known.pop().remove()
         group, self.group = self.group, None
         if group is not None:
             group.close()
@@ -222,6 +231,39 @@ class _OneTracker:
             del self._steps[0]
         self._has_failed = False
 
+    def write_media(self, media: Media) -> None:
+        """Log media by the tracker's methods.
+
+        Raises:
+            NotImplementedError: the tracker has no method for the kind.
+        """
+        tracker, name, step = self._tracker, media.name, media.step
+        if media.kind == "hyperparameters":
+            if not (tracker.name == "tensorboard" and step > 0):  # as in open()
+                tracker.store_init_configuration(media.content)
+        elif isinstance(tracker, TensorBoardTracker):
+            writer = tracker.tracker
+            if media.kind in ("image", "video"):
+                # A video as the grid of its first frames: its writer needs moviepy.
+                frames = media.content if media.kind == "video" else media.content[None]
+                frames = _with_colors(frames[:_MAX_FRAMES])
+                writer.add_images(name, frames, step, dataformats="NHWC")
+            else:
+                writer.add_text(name, _markdown(media), step)
+            if media.caption:
+                writer.add_text(f"{name}/caption", media.caption, step)
+        elif media.kind in ("image", "video") and hasattr(tracker, "log_images"):
+            frames = media.content if media.kind == "video" else media.content[None]
+            tracker.log_images({name: [*_with_colors(frames[:_MAX_FRAMES])]}, step=step)
+        elif media.kind == "table" and hasattr(tracker, "log_table"):
+            rows = [[*row] for row in media.content.rows]
+            tracker.log_table(name, columns=[*media.content.columns], data=rows, step=step)
+        else:
+            raise NotImplementedError(
+                f"Accelerate's tracker {tracker.name} has no method for {media.kind}s; use "
+                f"args.report.tracker({str(tracker.name)!r}), or read the run folder's media/"
+            )
+
     def _restart_writer(self, step: int) -> None:
         """Replace TensorBoard's writer, which a full disk has ended, or whose folder is removed.
 
@@ -244,6 +286,19 @@ class _OneTracker:
     def close(self) -> None:
         if not self._is_started:
             self._tracker.finish()
+
+
+def _with_colors(frames: Any) -> Any:
+    return np.repeat(frames, 3, axis=-1) if frames.shape[-1] == 1 else frames
+
+
+def _markdown(media: Media) -> str:
+    if not isinstance(media.content, Table):
+        return str(media.content)
+    columns, rows = media.content.columns, media.content.rows
+    lines = [columns, ["---"] * len(columns), *rows]
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _accelerator_trackers(accelerator: Any) -> Sequence[TrackerLike]:

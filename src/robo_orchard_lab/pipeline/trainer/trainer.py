@@ -321,6 +321,7 @@ class HookBasedTrainer:
                 run_folder, self.progress, rank=accelerator.process_index, processes=world_size
             ),
         )
+        self.report = self._run.report
         window = accelerator.gradient_accumulation_steps
         self._loss_weights = LossWeights(
             accelerator, window, partial(trained_parameters, self._run)
@@ -587,10 +588,12 @@ class HookBasedTrainer:
             if not self._resumed:
                 self._optimizer_hook.zero_grad()  # a resumed run may be within a window
         self._is_open = True
+        self.report.begin()
         try:
             self._on_loop(PipelineHookArgs(self._run), self._loop)
             while self._is_rolling_back():
                 self._roll_back()
+                self.report.begin()
                 self._on_loop(PipelineHookArgs(self._run), self._loop)
             self._replicas.check_weights(again=True)  # a collective
         except BaseException as error:
@@ -622,6 +625,7 @@ class HookBasedTrainer:
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         commit_point = self._commit_point
         self._skipped.begin_loop()
+        self.report.begun()
         commit_point.warn_of_unwritten()
         for check in self._run.start_checks:
             check()
