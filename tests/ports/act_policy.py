@@ -165,8 +165,8 @@ def train_plainly(folder: Path) -> State:
             count += len(batch["qpos"])
         values, done = evaluate(policy, unseen), (epoch + 1) * len(train)
         print(f"epoch {epoch}: training {mean_by_name(sums, count)}, validation {values}")
-        validation[done] = values["loss"]
-        if values["loss"] == min(validation.values()):
+        validation[done] = values
+        if values["loss"] == min(each["loss"] for each in validation.values()):
             torch.save(policy.state_dict(), folder / "policy_best.ckpt")
         torch.save(
             {
@@ -180,7 +180,8 @@ def train_plainly(folder: Path) -> State:
     return {
         "model": policy.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "metrics": validation,
+        "l1": {"metrics": {step: values["l1"] for step, values in validation.items()}},
+        "kl": {"metrics": {step: values["kl"] for step, values in validation.items()}},
     }
 
 
@@ -191,6 +192,9 @@ class ActionChunks(SimpleBatchProcessor):
     def forward(self, model: ACTPolicy, batch: Batch) -> tuple[Any, torch.Tensor]:
         losses = losses_of(model, batch)
         return losses, losses["loss"]
+
+    def evaluation_forward(self, model: ACTPolicy, batch: Batch) -> tuple[None, Any]:
+        return None, losses_of(model, batch)
 
 
 def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
@@ -224,5 +228,6 @@ def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
     return {
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
-        "metrics": logged(run_folder / "log.jsonl", "eval/val/loss"),
+        "l1": {"metrics": logged(run_folder / "log.jsonl", "eval/val/l1")},
+        "kl": {"metrics": logged(run_folder / "log.jsonl", "eval/val/kl")},
     }

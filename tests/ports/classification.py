@@ -16,8 +16,8 @@ from torchvision.transforms import v2
 
 from porting import EpochOrder, State, logged
 from robo_orchard_lab.pipeline import HookBasedTrainer, SupervisedProcessor
-from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import (
+    EMA,
     EMAConfig,
     GradientClippingHookConfig,
     LossTrackerConfig,
@@ -197,24 +197,7 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
     train, unseen = loaders()
     log = JsonLinesSinkConfig(path=str(run_folder / "log.jsonl"))
     accuracy = {"accuracy": MulticlassAccuracy(CLASSES, average="micro")}
-    hooks: dict[str, HookLike] = {
-        "bar": ProgressBarHookConfig(),
-        "loss": LossTrackerConfig(),
-        "log": MetricsLoggerConfig(every="1 epoch", sinks=[log]),
-        "clipping": GradientClippingHookConfig(max_norm=1.0),
-        "ema": EMAConfig(
-            decay=EMA_DECAY,
-            update_every=EMA_EVERY,
-            update_after_step=WARMUP_EPOCHS * len(train),
-            copy_first=True,
-            use_buffers=True,
-        ),
-        "val": ValidationHookConfig()(dataloaders={"val": unseen}, metrics=accuracy),
-        "val_ema": ValidationHookConfig(weights="ema")(
-            dataloaders={"ema": unseen}, metrics=accuracy
-        ),
-        "checkpoint": SaveCheckpointConfig(),
-    }
+    validation = ValidationHookConfig(weights={"model": None, "average": "EMA"})
     return HookBasedTrainer(
         Accelerator(cpu=True),
         model,
@@ -222,7 +205,21 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
         MixingProcessor(nn.CrossEntropyLoss(label_smoothing=0.1)),
         optimizer,
         make_scheduler(optimizer),
-        hooks=hooks,
+        hooks=[
+            ProgressBarHookConfig(),
+            LossTrackerConfig(),
+            MetricsLoggerConfig(every="1 epoch", sinks=[log]),
+            GradientClippingHookConfig(max_norm=1.0),
+            EMAConfig(
+                decay=EMA_DECAY,
+                update_every=EMA_EVERY,
+                update_after_step=WARMUP_EPOCHS * len(train),
+                copy_first=True,
+                use_buffers=True,
+            ),
+            validation(dataloaders={"val": unseen}, metrics=accuracy),
+            SaveCheckpointConfig(),
+        ],
         max_epoch=EPOCHS,
         lr_scheduler_every="epoch",
         run_folder=run_folder,
@@ -233,15 +230,16 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
 def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
     assert trainer.optimizer is not None
     assert trainer.lr_scheduler is not None
-    (ema,) = (hook for hook in trainer.hooks.all_hooks() if hook.name == "ema")
+    ema = trainer.hooks["EMA"]
+    assert isinstance(ema, EMA)
     log = run_folder / "log.jsonl"
     return {
         "model": trainer.model.state_dict(),
-        "average": without_counters(ema.weights()),  # type: ignore[attr-defined]
+        "average": without_counters(ema.weights()),
         "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.get_last_lr(),
-        "loss": {"metrics": logged(log, "eval/val/loss")},
-        "accuracy": {"metrics": logged(log, "eval/val/accuracy")},
-        "average loss": {"metrics": logged(log, "eval/ema/loss")},
-        "average accuracy": {"metrics": logged(log, "eval/ema/accuracy")},
+        "loss": {"metrics": logged(log, "eval/val/model/loss")},
+        "accuracy": {"metrics": logged(log, "eval/val/model/accuracy")},
+        "average loss": {"metrics": logged(log, "eval/val/average/loss")},
+        "average accuracy": {"metrics": logged(log, "eval/val/average/accuracy")},
     }

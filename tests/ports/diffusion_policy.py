@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from porting import EpochOrder, State, logged
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks import (
+    EMA,
     EMAConfig,
     KeepBestConfig,
     LossTrackerConfig,
@@ -231,11 +232,12 @@ def train_plainly(folder: Path) -> State:
 
 
 class Denoising(SimpleBatchProcessor):
-    def forward(self, model: DiffusionPolicy, batch: Batch) -> tuple[Any, torch.Tensor]:
-        if model.training:
-            return None, model(batch)
+    def forward(self, model: DiffusionPolicy, batch: Batch) -> tuple[None, torch.Tensor]:
+        return None, model(batch)
+
+    def evaluation_forward(self, model: DiffusionPolicy, batch: Batch) -> tuple[Any, Any]:
         actions = model.predict_action(batch["obs"])
-        return actions, mse_loss(actions, batch["action"])
+        return actions, {"action_error": mse_loss(actions, batch["action"])}
 
 
 def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
@@ -258,7 +260,7 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
             MetricsLoggerConfig(every="1 epoch", sinks=[log]),
             EMAConfig(update_after_step=1),
             ValidationHookConfig(weights="EMA")(dataloaders={"val": unseen}),
-            KeepBestConfig(monitor="eval/val/loss", mode="min", path=best, weights="EMA"),
+            KeepBestConfig(monitor="eval/val/action_error", mode="min", path=best, weights="EMA"),
             SaveCheckpointConfig(),
         ],
         max_epoch=EPOCHS,
@@ -270,11 +272,12 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
 def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
     assert trainer.optimizer is not None
     assert trainer.lr_scheduler is not None
-    (ema,) = (hook for hook in trainer.hooks.all_hooks() if hook.name == "EMA")
+    ema = trainer.hooks["EMA"]
+    assert isinstance(ema, EMA)
     return {
         "model": trainer.model.state_dict(),
-        "average": ema.weights(),  # type: ignore[attr-defined]
+        "average": ema.weights(),
         "optimizer": trainer.optimizer.state_dict(),
         "lr": trainer.lr_scheduler.get_last_lr(),
-        "metrics": logged(run_folder / "log.jsonl", "eval/val/loss"),
+        "metrics": logged(run_folder / "log.jsonl", "eval/val/action_error"),
     }
