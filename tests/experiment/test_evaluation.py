@@ -18,8 +18,9 @@ from robo_orchard_lab.experiment import (
     TrainerConfig,
     config_of,
 )
-from robo_orchard_lab.experiment.evaluation import SavedWeights, best_weights, evaluate
+from robo_orchard_lab.experiment.evaluation import best_weights, evaluate
 from robo_orchard_lab.experiment.existing_run import record
+from robo_orchard_lab.experiment.initial_weights import SavedWeights
 from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
 from robo_orchard_lab.experiment.run_folder import NoRunError
 from robo_orchard_lab.experiment.samples import MLP, Spirals

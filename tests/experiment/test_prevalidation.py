@@ -68,14 +68,20 @@ def test_every_field_that_holds_a_mapping_refuses_a_number(field: str) -> None:
     """Only scalar fields accept a number, and only nullable fields accept null."""
     scalars = {"name", "seed", "run_folder", "resume"}
     nullable = {"model", "batch_processor", "optimizer", "lr_scheduler", "checkpoint"}
+    nullable |= {"init_from", "compile"}
+    others = {
+        "compile": "a mapping, true or false",
+        "gradient_checkpointing": "a list, true or false",
+    }
+    expected = f"expected {others.get(field, 'a mapping')}, found"
     if field in scalars:
         prevalidate(read("", f"--{field}=3"), TRUST)
     else:
-        assert "expected a mapping, found 3 (int)" in str(refused(read("", f"--{field}=3")))
+        assert f"{expected} 3 (int)" in str(refused(read("", f"--{field}=3")))
     if field in nullable | scalars:
         prevalidate(read("", f"--{field}=null"), TRUST)
     else:
-        assert "expected a mapping, found None" in str(refused(read("", f"--{field}=null")))
+        assert f"{expected} None" in str(refused(read("", f"--{field}=null")))
 
 
 @pytest.mark.parametrize(("path", "new_name"), RENAMED_FIELDS.items())

@@ -96,6 +96,13 @@ class ExperimentArguments:
         overrides = [*self.overrides, *from_environment(os.environ, {})]
         return any(override.path[0] == field for override in overrides)
 
+    def with_field(self, path: str, value: str, option: str) -> ExperimentArguments:
+        """Return these arguments with a further field, set by an option of another name."""
+        from robo_orchard_lab.experiment.overrides import Origin, Override
+
+        added = Override(tuple(path.split(".")), value, None, Origin("command line", option))
+        return replace(self, overrides=(added, *self.overrides))
+
     def within(self, folder: Path, **fields: str) -> ExperimentArguments:
         """Return these arguments for the run in a folder, with further fields."""
         from robo_orchard_lab.experiment.overrides import Origin, Override

@@ -188,7 +188,12 @@ def train(
     built = experiment.build(**resume)
     if is_first_rank():
         processes = built.accelerator.num_processes
-        recorded = record(experiment, processes=processes, changes=start.changes)
+        recorded = record(
+            experiment,
+            processes=processes,
+            changes=start.changes,
+            initial_weights=built.initial_weights,
+        )
         built.trainer.keep_files(folder / CONFIG_FILE, recorded)
     try:
         built.trainer()

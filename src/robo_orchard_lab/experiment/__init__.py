@@ -4,8 +4,10 @@ from robo_orchard_core.utils.config import config_of
 from robo_orchard_lab.experiment.config import ExperimentConfig
 from robo_orchard_lab.experiment.parts import (
     AcceleratorConfig,
+    CompileConfig,
     DataConfig,
     DataOrderConfig,
+    InitialWeights,
     LoaderConfig,
     ParameterGroup,
     TrainerConfig,
@@ -13,9 +15,11 @@ from robo_orchard_lab.experiment.parts import (
 
 __all__ = [
     "AcceleratorConfig",
+    "CompileConfig",
     "DataConfig",
     "DataOrderConfig",
     "ExperimentConfig",
+    "InitialWeights",
     "LoaderConfig",
     "ParameterGroup",
     "TrainerConfig",

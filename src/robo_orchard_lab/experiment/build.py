@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -31,16 +31,25 @@ from robo_orchard_core.utils.config.build import (
     parameters_of,
     returned_class,
 )
-from robo_orchard_core.utils.config.errors import at_path, dotted
+from robo_orchard_core.utils.config.errors import at_path, describe, dotted, suggest_name
 from robo_orchard_core.utils.config.model import field_values
-from robo_orchard_core.utils.config.references import union_members
+from robo_orchard_core.utils.config.references import reference_to, union_members
+from robo_orchard_lab.experiment.from_data import (
+    FIELDS_FROM_DATA,
+    FROM_DATA,
+    TRAIN,
+    read_value,
+    replaced,
+    uses_data,
+)
+from robo_orchard_lab.experiment.initial_weights import WeightsReport, load_weights
 from robo_orchard_lab.experiment.parts import (
     AUTO,
     CHECKPOINT,
     AcceleratorConfig,
     ExperimentFields,
     LoaderConfig,
-    LRSchedulerConfig,
+    LRSchedulerFields,
 )
 from robo_orchard_lab.experiment.run_plan import count_lr_scheduler_steps
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
@@ -48,7 +57,8 @@ from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.context import Locate
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
-from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.gradient_checkpointing import enable_gradient_checkpointing
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import ValidationHookConfig
 from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit, check_lr_scheduler
@@ -157,7 +167,7 @@ def building(*path: str | int) -> Iterator[None]:
     except ConfigError:
         raise
     except (TypeError, ValueError, OSError) as error:
-        ours = isinstance(error, PipelineConfigError)
+        ours = isinstance(error, PipelineConfigError | StateError)
         problem = str(error) if ours else f"{type(error).__name__}: {error}"
         raise ConfigBuildError(problem, path) from error
     except Exception as error:
@@ -165,6 +175,7 @@ def building(*path: str | int) -> Iterator[None]:
         raise
 
 
+ExperimentT = TypeVar("ExperimentT", bound=ExperimentFields)
 _MAX_VISITS = 16
 
 
@@ -212,9 +223,10 @@ def make_loader(config: LoaderConfig) -> DataLoader[Any]:
     if config.batch_sampler is None:
         names += ["batch_size", "shuffle", "drop_last"]
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
-    if config.collate_fn is not None:
-        with building("collate_fn"):
-            options["collate_fn"] = function_of(config.collate_fn)
+    for name in ("collate_fn", "worker_init_fn"):
+        if (function := getattr(config, name)) is not None:
+            with building(name):
+                options[name] = function_of(function)
     for name in ("sampler", "batch_sampler"):
         if (sampler := getattr(config, name)) is not None:
             with building(name):
@@ -284,7 +296,10 @@ def make_lr_scheduler(
     config: Any, optimizer: torch.optim.Optimizer, count_steps: Callable[[], int]
 ) -> LRScheduler:
     """Build an LR scheduler; ``count_steps`` computes ``auto``."""
-    made: LRScheduler = _made_with(_counted(config, count_steps), {"optimizer": optimizer})
+    made: Any = _made_with(_counted(config, count_steps), {"optimizer": optimizer})
+    if not isinstance(made, LRScheduler):
+        name = reference_to(code_of(config))
+        raise ConfigBuildError(f"expected an LR scheduler from {name!r}, found {describe(made)}")
     # Here, where an error gets its line in the file.
     check_lr_scheduler(made, getattr(config, "every", None), getattr(config, "monitor", None))
     return made
@@ -369,26 +384,27 @@ def _made_with(config: Any, given: Mapping[str, Any], *, is_inner: bool = False)
 
 
 def _counted(config: Any, count_steps: Callable[[], int], *, outermost: bool = True) -> Any:
-    """Replace ``auto`` by the number of steps in the config of an LR scheduler."""
+    """Replace ``auto`` by the number of steps in an LR scheduler and the parts inside."""
     if isinstance(config, list):
         parts = []
         for index, part in enumerate(config):
             with building(index):
                 parts.append(_counted(part, count_steps, outermost=False))
         return parts
-    if not (outermost or isinstance(config, LRSchedulerConfig)):
+    if not isinstance(config, DerivedConfig | LRSchedulerFields):
         return config
     for name in () if outermost else ("every", "monitor"):
-        if getattr(config, name, None) is not None:
+        if isinstance(config, LRSchedulerFields) and getattr(config, name) is not None:
             raise ConfigFieldError("applies to the outermost LR scheduler; move it there", (name,))
     changes: dict[str, Any] = {}
     for name, value in field_values(config).items():
         with building(name):
             field = type(config).model_fields.get(name)
-            if value == AUTO and field is not None and int in union_members(field.annotation):
+            kinds = () if field is None else union_members(field.annotation)
+            if value == AUTO and {int, Any}.intersection(kinds):
                 changes[name] = count_steps()
-            elif isinstance(value, list):
-                changes[name] = _counted(value, count_steps)
+            elif isinstance(value, list | DerivedConfig):
+                changes[name] = _counted(value, count_steps, outermost=False)
     return config.model_copy(update=changes) if changes else config
 
 
@@ -427,6 +443,8 @@ class BuiltExperiment:
     hooks: dict[str, PipelineHooks]
     """Hooks by name, the outermost first; ``checkpoint`` is the innermost."""
     trainer: HookBasedTrainer
+    initial_weights: WeightsReport | None = None
+    """Report of the weights to begin with; None without ``init_from``, and after a resume."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -503,9 +521,11 @@ def build_experiment(
                 with building("data", "train"):
                     dataloader = make_loader(_described(experiment.data.train, "dataloader"))
             loaders = _make_evaluation(experiment, evaluation or {})
+        complete = with_data(experiment, {**loaders, TRAIN: dataloader})
         if model is None:
             with building("model"):
-                model = _make_model(_described(experiment.model, "model"))
+                model = _make_model(_described(complete.model, "model"))
+            model = _with_options(model, experiment)
         if optimizer is None and experiment.optimizer is not None:
             with building("optimizer"):
                 described = experiment.optimizer
@@ -517,10 +537,9 @@ def build_experiment(
                 lr_scheduler = _make_lr_schedulers(scheduler_config, optimizer, count)
         if batch_processor is None:
             with building("batch_processor"):
-                batch_processor = make_processor(
-                    _described(experiment.batch_processor, "batch_processor")
-                )
-        built_hooks = build_hooks(experiment, hooks or {}, loaders, folder)
+                described = _described(complete.batch_processor, "batch_processor")
+                batch_processor = make_processor(described)
+        built_hooks = build_hooks(complete, hooks or {}, loaders, folder)
     resume = experiment.resume if resume is None else resume
     trainer = HookBasedTrainer(
         accelerator,
@@ -544,6 +563,10 @@ def build_experiment(
     )
     with suppress(ConfigError):  # configs of live objects have no plain values
         trainer.report.hyperparameters = flatten(experiment.to_dict())
+    report = None
+    if experiment.init_from is not None and not trainer.resumed:
+        with fail_together(), building("init_from"):
+            report = load_weights(model, **field_values(experiment.init_from))
     return BuiltExperiment(
         experiment,
         folder,
@@ -556,6 +579,7 @@ def build_experiment(
         batch_processor,
         built_hooks,
         trainer,
+        report,
     )
 
 
@@ -629,6 +653,58 @@ def _make_model(part: Any) -> torch.nn.Module:
             raise
         raise ValueError(f"torchvision has no weights named {error}") from error
     return model
+
+
+def _with_options(model: torch.nn.Module, experiment: ExperimentFields) -> torch.nn.Module:
+    """Enable gradient checkpointing, and compile the model at the first step, as described."""
+    if (modules := experiment.gradient_checkpointing) is not False:
+        with building("gradient_checkpointing"):
+            enable_gradient_checkpointing(model, None if modules is True else modules)
+    if experiment.compile is None:
+        return model
+    options = field_values(experiment.compile)
+    with building("compile"):
+        try:
+            compiled: Any = torch.compile(model, **{n: v for n, v in options.items() if v != {}})
+        except RuntimeError as error:  # an unknown backend or option
+            raise ConfigBuildError(f"{type(error).__name__}: {error}") from error
+    made: torch.nn.Module = compiled
+    return made
+
+
+def with_data(
+    experiment: ExperimentT, loaders: Mapping[str, Iterable[Any]] | None = None
+) -> ExperimentT:
+    """Replace each ``{from_data: NAME}`` by a value of a loader's dataset.
+
+    Args:
+        experiment: Experiment, returned as given without such values.
+        loaders: Loaders by name, ``train`` for the training data; built by default.
+
+    Raises:
+        ConfigFieldError: There is no such dataset or value, or the value does not fit.
+    """
+    parts = {name: getattr(experiment, name) for name in FIELDS_FROM_DATA}
+    parts = {name: part for name, part in parts.items() if uses_data(part)}
+    if not parts:
+        return experiment
+    if loaders is None:
+        with building("data", "train"):
+            train = make_loader(_described(experiment.data.train, "dataloader"))
+        loaders = {**_make_evaluation(experiment, {}), TRAIN: train}
+
+    def read(entry: Mapping[str, str]) -> Any:
+        name = entry.get("dataset", TRAIN)
+        if name not in loaders:
+            advice = suggest_name(name, loaders, "there is")
+            raise ConfigFieldError(f"there is no dataset {name!r}; {advice}", ("dataset",))
+        with at_path(FROM_DATA):
+            return read_value(getattr(loaders[name], "dataset", loaders[name]), entry[FROM_DATA])
+
+    for name, part in parts.items():
+        with building(name):
+            parts[name] = replaced(part, read)
+    return experiment.model_copy(update=parts)
 
 
 def _described(part: Any, name: str) -> Any:

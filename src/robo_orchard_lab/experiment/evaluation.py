@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors.torch import load_file
 
 from robo_orchard_core.utils.config import ConfigFieldError
 from robo_orchard_core.utils.config.errors import suggest_name, unknown_field
@@ -21,76 +18,23 @@ from robo_orchard_lab.experiment.build import (
     make_hook,
     make_loader,
     make_processor,
+    with_data,
 )
 from robo_orchard_lab.experiment.config import ExperimentConfig
+from robo_orchard_lab.experiment.initial_weights import SavedWeights
 from robo_orchard_lab.experiment.parts import LoaderConfig
 from robo_orchard_lab.experiment.run_checkpoints import RunCheckpoints
 from robo_orchard_lab.experiment.run_folder import NoRunError
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.pipeline.checkpoint import ReadLimits
-from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
-from robo_orchard_lab.pipeline.errors import CheckpointError
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import KeepBestConfig, ValidationHookConfig
-from robo_orchard_lab.pipeline.model import plain_name
 from robo_orchard_lab.pipeline.predictions import Predictions
 from robo_orchard_lab.pipeline.run.run_path import in_run_folder
-from robo_orchard_lab.pipeline.trainer.rank_state import check_tensors
 
 OWN_WEIGHTS = "model"
 """Name of the model's own weights, next to names of hooks."""
-
-
-@dataclass(frozen=True, slots=True)
-class SavedWeights:
-    """Weights of a model, with the states of hooks.
-
-    Attributes:
-        path: Checkpoint or file of the weights.
-        weights: State dict with the names of the unwrapped model.
-        hooks: States of hooks by name; None if only the weights were saved.
-        step: Number of completed steps, if known.
-    """
-
-    path: Path
-    weights: Mapping[str, Any]
-    hooks: Mapping[str, Any] | None = None
-    step: int | None = None
-
-    @classmethod
-    def from_checkpoint(cls, path: Path) -> SavedWeights:
-        """Read the weights of a trainer's checkpoint, without the optimizer state.
-
-        Raises:
-            CheckpointError: The checkpoint is damaged, or was not saved by a trainer.
-        """
-        with OpenCheckpoint(path, ReadLimits()) as opened:
-            step = opened.manifest.step
-            parts = {part: opened.load(0, only=part) for part in ("model", "trainer", "state")}
-        try:
-            weights = {
-                **parts["model"].parts["model"],
-                **parts["trainer"].parts["trainer"]["model_extra"],
-            }
-            hooks = parts["state"].rank_parts["state"]["hooks"]
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is not a checkpoint of a trainer: no {error}") from None
-        return cls(path, weights, hooks, step)
-
-    @classmethod
-    def from_file(cls, path: Path) -> SavedWeights:
-        """Read the weights of a safetensors file."""
-        return cls(path, load_file(path))
-
-    def load_into(self, model: torch.nn.Module) -> None:
-        """Load the weights into a model of any wrapping."""
-        live = model.state_dict()
-        entries = {plain_name(name): name for name in live}
-        state = {entries.get(name, name): value for name, value in self.weights.items()}
-        check_tensors(f"{self.path} has the weights of another model", live, state)
-        model.load_state_dict(state)
 
 
 def best_weights(
@@ -148,6 +92,7 @@ def evaluate(
     """
     with experiment.located(), fail_together():
         accelerator = _make_accelerator(experiment)
+        experiment = with_data(experiment)
         hooks = _validation_hooks(experiment, saved, sets, weights, max_batches)
         with _loaded(experiment, saved, hooks, accelerator) as args:
             for measure in args.run.evaluations.values():
@@ -191,6 +136,7 @@ def predict(
     with experiment.located(), fail_together():
         path, described = _find_set(experiment, data)
         accelerator = _make_accelerator(experiment)
+        experiment = with_data(experiment)
         keepers = _keepers(experiment, saved, [weights])
         if described.batch_sampler is None:
             described = described.replace(shuffle=False, drop_last=False)

@@ -13,6 +13,7 @@ from robo_orchard_core.utils.config import TrustLike
 from robo_orchard_core.utils.config.errors import ConfigError, dotted
 from robo_orchard_lab.experiment.config import ExperimentConfig
 from robo_orchard_lab.experiment.document import ExperimentDocument, read_experiment
+from robo_orchard_lab.experiment.initial_weights import WeightsReport
 from robo_orchard_lab.experiment.parts import ResumeEffect
 from robo_orchard_lab.experiment.resume_diff import Difference, differences
 from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints, list_checkpoints
@@ -141,7 +142,11 @@ def check_changes(
 
 
 def record(
-    experiment: ExperimentConfig, *, processes: int, changes: Sequence[Difference] = ()
+    experiment: ExperimentConfig,
+    *,
+    processes: int,
+    changes: Sequence[Difference] = (),
+    initial_weights: WeightsReport | None = None,
 ) -> Path:
     """Record a start in the run folder, from one process of the job.
 
@@ -157,11 +162,12 @@ def record(
     plain: tuple[dict[str, Any], ...] = tuple(
         {"path": c.field, "before": c.before, "after": c.after, "resume": c.resume} for c in changes
     )
+    weights = None if initial_weights is None else initial_weights.to_dict()
     return record_start(
         *(experiment.folder(), text),
         processes=processes,
         changes=plain,
-        provenance=_provenance(experiment.document),
+        provenance={**_provenance(experiment.document), "initial_weights": weights},
     )
 
 

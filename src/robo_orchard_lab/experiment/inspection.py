@@ -194,12 +194,12 @@ class _Holder(Config):
 def build_hook_set(experiment: ExperimentConfig) -> PipelineHooks:
     """Build the hooks of a run for inspection, the trainer's own first; they can't run.
 
-    Neither the model nor the data is built.
+    The model is not built, and the data only for hooks with ``from_data``.
     """
     import torch
     from accelerate import Accelerator
 
-    from robo_orchard_lab.experiment.build import build_hooks
+    from robo_orchard_lab.experiment.build import build_hooks, with_data
     from robo_orchard_lab.pipeline import PipelineHooks
     from robo_orchard_lab.pipeline.hooks.optimizer import NamedOptimizersHook, OptimizerHook
 
@@ -214,5 +214,7 @@ def build_hook_set(experiment: ExperimentConfig) -> PipelineHooks:
         else:
             hooks += hook()
     sets = {name: [None] for name in experiment.data.evaluation}
+    # Values of the data are needed in hooks only.
+    experiment = with_data(experiment.model_copy(update={"model": None, "batch_processor": None}))
     hooks += PipelineHooks.from_hooks(build_hooks(experiment, {}, sets, experiment.folder()))
     return hooks

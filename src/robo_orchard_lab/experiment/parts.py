@@ -32,6 +32,7 @@ from robo_orchard_core.utils.config import (
     Function,
     Part,
 )
+from robo_orchard_core.utils.config.build import CallableConfig
 from robo_orchard_core.utils.config.errors import (
     at_path,
     describe,
@@ -39,8 +40,15 @@ from robo_orchard_core.utils.config.errors import (
     unknown_field,
     validate_value,
 )
-from robo_orchard_core.utils.config.parts import CONFIG_BASES, FIELD_TYPES, UNTYPED_PARAMETERS
+from robo_orchard_core.utils.config.parts import (
+    CONFIG_BASES,
+    FIELD_TYPES,
+    FUNCTION_BASES,
+    STAND_INS,
+    UNTYPED_PARAMETERS,
+)
 from robo_orchard_core.utils.config.references import union_members
+from robo_orchard_lab.experiment.from_data import check_stand_ins, is_from_data
 from robo_orchard_lab.experiment.overrides import are_named_parts
 from robo_orchard_lab.foreign_fields import Form, foreign_remedy
 
@@ -151,9 +159,9 @@ OptimizerPart: TypeAlias = Annotated[
 """Optimizer of all or some parameters, with optional parameter groups."""
 
 LRSchedulerPart: TypeAlias = Annotated[
-    Any, Part("torch.optim.lr_scheduler:LRScheduler", given=("optimizer",))
+    Any, Part("torch.optim.lr_scheduler:LRScheduler", given=("optimizer",), unannotated=True)
 ]
-"""LR scheduler, which may hold other LR schedulers."""
+"""LR scheduler, which may hold other LR schedulers, or a function that returns one."""
 
 FIELD_TYPES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerPart
 
@@ -208,6 +216,9 @@ class LoaderConfig(Config):
     collate_fn: Function | None = Field(
         default=None, description="Function from samples to a batch."
     )
+    worker_init_fn: Function | None = Field(
+        default=None, description="Function of a worker's index, called when the worker starts."
+    )
     pin_memory: Annotated[bool, HARMLESS] = Field(
         default=False, description="Copy batches to pinned memory."
     )
@@ -233,7 +244,7 @@ class LoaderConfig(Config):
                     problem = f"can't be combined with {other}; remove one of them"
                     raise ConfigFieldError(problem, (name,))
         if self.num_workers == 0:
-            for name in ("prefetch_factor", "persistent_workers"):
+            for name in ("prefetch_factor", "persistent_workers", "worker_init_fn"):
                 if getattr(self, name):
                     problem = "requires worker processes; set num_workers above 0"
                     raise ConfigFieldError(problem, (name,))
@@ -335,7 +346,7 @@ class OptimizerConfig(ClassConfig[Any]):
         return self
 
 
-class LRSchedulerConfig(ClassConfig[Any]):
+class LRSchedulerFields(Config):
     """Fields of every LR scheduler, in addition to its own parameters.
 
     An integer parameter may be ``auto``: the number of LR scheduler steps in the run.
@@ -352,14 +363,24 @@ class LRSchedulerConfig(ClassConfig[Any]):
         "mean training loss.",
     )
 
-    @classmethod
-    def adapt_parameter(cls, declaration: Any) -> Any:
-        """Return the declaration, extended by ``auto`` for integers."""
-        return declaration | Auto if int in union_members(declaration) else declaration
+
+class LRSchedulerConfig(LRSchedulerFields, ClassConfig[Any]):
+    """Fields of a class of LR schedulers."""
 
 
+class LRSchedulerFunctionConfig(LRSchedulerFields, CallableConfig[Any]):
+    """Fields of a function that returns an LR scheduler."""
+
+
+def _is_auto(value: Any, declaration: Any) -> bool:
+    """Return True for ``auto`` in place of an integer, see `check_stand_ins`."""
+    return value == AUTO and int in union_members(declaration)
+
+
+STAND_INS += [_is_auto, is_from_data]
 CONFIG_BASES["torch.optim.optimizer:Optimizer"] = OptimizerConfig
 CONFIG_BASES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerConfig
+FUNCTION_BASES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerFunctionConfig
 
 
 class _Settings(Config):
@@ -407,6 +428,64 @@ class AcceleratorConfig(_Settings):
         default=False,
         description="For several processes and models that skip some parameters in some steps.",
     )
+
+
+class InitialWeights(Config):
+    """Weights to begin with; see `load_weights`. A resume restores its checkpoint instead."""
+
+    path: str = Field(
+        min_length=1,
+        description="Run folder, checkpoint, *.safetensors file, or index of sharded files.",
+    )
+    checkpoint: Literal["newest", "best"] = Field(
+        default="newest", description="Checkpoint of a run folder."
+    )
+    weights: str | None = Field(
+        default=None,
+        description="Name of the run's hook with other weights, such as ema; null: the model's.",
+    )
+    include: list[str] = Field(
+        default=["*"], min_length=1, description="Patterns of names in the model to load."
+    )
+    exclude: list[str] = Field(
+        default=[], description="Patterns of names in the model to leave as they are."
+    )
+    rename: dict[str, str] = Field(
+        default={},
+        description="New prefixes by prefixes of names in the file; the first match counts.",
+    )
+    on_mismatch: dict[str, Literal["skip", "overlap", "interpolate"]] = Field(
+        default={},
+        description="By pattern of names in the model: what to do with another shape; else an "
+        "error.",
+    )
+
+
+class CompileConfig(Config):
+    """Options of ``torch.compile``."""
+
+    backend: str = Field(default="inductor", min_length=1, description="Compiler backend.")
+    mode: (
+        Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
+    ) = Field(default=None, description="Trade-off of the backend inductor.")
+    fullgraph: bool = Field(default=False, description="Raise an error at a graph break.")
+    dynamic: bool | None = Field(
+        default=None, description="Compile for any sizes; null: after the first change."
+    )
+    options: dict[
+        Literal[
+            "epilogue_fusion",
+            "fallback_random",
+            "max_autotune",
+            "shape_padding",
+            "triton.cudagraphs",
+        ],
+        bool,
+    ] = Field(default={}, description="Switches of the backend inductor, instead of a mode.")
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.options:
+            raise ConfigFieldError("can't be combined with mode; remove one of them", ("options",))
 
 
 CHECKPOINT = "checkpoint"
@@ -487,6 +566,23 @@ class ExperimentFields(Config):
             {"*": OnResume("trajectory", "refused if names or shapes of weights differ")},
         ),
     ] = Field(description="Module to train; null: passed to build().")
+    init_from: Annotated[
+        InitialWeights | None, OnResume("impossible", "a resume restores the checkpoint's weights")
+    ] = Field(default=None, description="Weights of a new run to begin with.")
+    compile: Annotated[
+        CompileConfig | None,
+        BeforeValidator(
+            lambda value: (
+                {True: CompileConfig(), False: None}[value] if isinstance(value, bool) else value
+            ),
+            json_schema_input_type=bool | CompileConfig | None,
+        ),
+    ] = Field(default=None, description="Options of torch.compile for the model; true: defaults.")
+    gradient_checkpointing: Annotated[bool | list[str], HARMLESS] = Field(
+        default=False,
+        description="Compute activations again in the backward pass: patterns of module names, or "
+        "true for the model's own gradient_checkpointing_enable().",
+    )
     data: DataConfig = Field(description="Data for training and evaluation.")
     batch_processor: BatchProcessorPart | None = Field(
         description="Turns a batch into outputs and loss; a function is forward(model, batch); "
@@ -536,6 +632,7 @@ class ExperimentFields(Config):
                 ("hooks", CHECKPOINT),
             )
         _check_optimizers(self.optimizer, self.lr_scheduler)
+        check_stand_ins(self)
         hooks: dict[tuple[str, ...], Any] = {("hooks", n): hook for n, hook in self.hooks.items()}
         if self.checkpoint is not None:
             hooks[CHECKPOINT,] = self.checkpoint

@@ -14,6 +14,8 @@ from pathlib import Path as FilePath
 from types import NoneType
 from typing import Literal, get_origin
 
+from pydantic import BeforeValidator
+
 from robo_orchard_core.utils.config import Trust
 from robo_orchard_core.utils.config.errors import (
     MAX_PROBLEMS,
@@ -112,8 +114,9 @@ def _problems(document: ExperimentDocument, trust: Trust) -> Iterator[ConfigErro
     except ConfigError as error:
         yield error
         return
+    unknown = [name for name in fields if name not in ExperimentFields.model_fields]
     for name in dict.fromkeys([*fields, *ExperimentFields.model_fields]):
-        yield from _field_problems(name, fields)
+        yield from _field_problems(name, fields, lists_fields=name in unknown[:1])
     for path, value in walk(fields):
         key = path[-1] if path else ""
         if not str(key).isprintable():  # names of hooks, sets and metrics are printed in logs
@@ -146,7 +149,9 @@ write lr_scheduler instead
             raise ConfigFieldError(f"this field was renamed; write {new_name} instead", path)
 
 
-def _field_problems(name: str, fields: Mapping[str, Plain]) -> Iterator[ConfigError]:
+def _field_problems(
+    name: str, fields: Mapping[str, Plain], *, lists_fields: bool
+) -> Iterator[ConfigError]:
     """Check the name of a field, and the type of a mapping."""
     declared = ExperimentFields.model_fields
     if name == "trust":
@@ -157,13 +162,23 @@ def _field_problems(name: str, fields: Mapping[str, Plain]) -> Iterator[ConfigEr
         yield ConfigFieldError(problem, (name,))
     elif name not in declared:
         remedy = foreign_remedy("trainer", name, fields[name], "file")
-        yield unknown_field(name, declared, "an experiment", remedy=remedy)
+        error = unknown_field(name, declared, "an experiment", remedy=remedy)
+        if not lists_fields and "it has" in error.problem:
+            error.problem = "an experiment has no such field"
+        yield error
     elif name in fields:
         value, kinds = fields[name], union_members(declared[name].annotation)
-        is_scalar = all(k in (str, int, NoneType) or get_origin(k) is Literal for k in kinds)
+        if all(k in (str, int, NoneType) or get_origin(k) is Literal for k in kinds):
+            return
+        marks = declared[name].metadata
+        admits_bool = bool in kinds or any(isinstance(mark, BeforeValidator) for mark in marks)
+        is_list = any(get_origin(kind) is list for kind in kinds)
         is_null = value is None and NoneType in kinds
-        if not (is_scalar or is_null or isinstance(value, dict)):
-            yield ConfigFieldError(f"expected a mapping, found {describe(value)}", (name,))
+        is_bool = isinstance(value, bool) and admits_bool
+        if not (is_null or is_bool or isinstance(value, list if is_list else dict)):
+            expected = "a list" if is_list else "a mapping"
+            expected += ", true or false" if admits_bool else ""
+            yield ConfigFieldError(f"expected {expected}, found {describe(value)}", (name,))
     elif declared[name].is_required():
         yield ConfigFieldError("a value is required here and none is given", (name,))
 

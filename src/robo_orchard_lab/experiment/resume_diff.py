@@ -171,7 +171,7 @@ def _declared_rule(path: tuple[str, ...]) -> OnResume:
             return _CHANGES_TRAJECTORY
         else:
             marks = (mark for mark in field.metadata if isinstance(mark, OnResume))
-            rule = next(marks, _CHANGES_TRAJECTORY)
+            rule = next(marks, rule)
             kinds = (kind for kind in union_members(field.annotation) if isinstance(kind, type))
             config = next((kind for kind in kinds if issubclass(kind, Config)), None)
     return rule

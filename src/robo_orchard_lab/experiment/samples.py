@@ -41,6 +41,7 @@ class Spirals(Dataset[tuple[torch.Tensor, int]]):
         if not 0 <= noise < math.inf:
             raise ValueError(f"noise must be a number >= 0, got {noise}")
         generator = torch.Generator().manual_seed(seed)
+        self.arms = arms
         self.labels = torch.arange(size) % arms
         along = torch.rand(size, generator=generator).sqrt()  # uniform density
         angle = 2 * math.pi * (self.labels / arms + TURNS * along)

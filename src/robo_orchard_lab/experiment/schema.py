@@ -14,19 +14,19 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import DefsRef, GenerateJsonSchema, JsonRef
 from pydantic_core import PydanticSerializationError
 
 from robo_orchard_core.utils.config import FieldsOf, Function, Part, config_class_of
-from robo_orchard_core.utils.config.build import DerivedConfig, returned_class
+from robo_orchard_core.utils.config.build import CallableConfig, DerivedConfig
 from robo_orchard_core.utils.config.errors import ConfigReferenceError
 from robo_orchard_core.utils.config.parts import (
     PART_KEYS,
     OpenDerivedConfig,
-    function_config_class,
+    StandIns,
 )
 from robo_orchard_core.utils.config.references import (
     Code,
@@ -35,10 +35,17 @@ from robo_orchard_core.utils.config.references import (
     is_assignable,
     reference_to,
     resolve,
+    union_members,
 )
 from robo_orchard_lab.experiment.catalogue import CATALOGUE
 from robo_orchard_lab.experiment.config import ExperimentConfig
-from robo_orchard_lab.experiment.parts import OptimizerConfig, ParameterGroup
+from robo_orchard_lab.experiment.from_data import FROM_DATA
+from robo_orchard_lab.experiment.parts import (
+    AUTO,
+    LRSchedulerFields,
+    OptimizerConfig,
+    ParameterGroup,
+)
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -61,6 +68,12 @@ _KEYS = {
     "config_type": "The config class, as configs write themselves.",
 }
 _FUNCTION = get_args(Function)[1]
+_FROM_DATA: Json = {
+    "type": "object",
+    "properties": {FROM_DATA: {"type": "string"}, "dataset": {"type": "string"}},
+    "additionalProperties": False,
+    "description": "Value of a dataset, such as classes.len; the training data by default.",
+}
 
 
 def experiment_schema(
@@ -110,6 +123,7 @@ class _ExperimentSchema(GenerateJsonSchema):
         self._choices: dict[str, dict[str, Json]] = {}
         self._shared: dict[str, Any] = {}  # core schemas that pydantic references by name
         self._expanded: type[BaseModel] | None = None
+        self._admits_auto = self._admits_data = False  # in the class that is expanded
         self._packages = [name for name in trust if ":" not in name]
         self._single = {name: name for name in trust if ":" in name}
         self._spellings: dict[str, list[str]] = {}
@@ -165,6 +179,21 @@ class _ExperimentSchema(GenerateJsonSchema):
         if validator is _FUNCTION:
             return self.callable_schema(schema)
         return super().function_plain_schema(schema)
+
+    def function_wrap_schema(self, schema: Any) -> Json:
+        validator: Any = schema["function"]["function"]
+        inner = self.generate_inner(schema["schema"])
+        marker = getattr(getattr(validator, "func", None), "__self__", None)
+        if not isinstance(marker, StandIns):
+            return inner
+        kinds = union_members(validator.args[0])
+        choices = [inner]
+        if self._admits_auto and int in kinds:
+            choices.append({"const": AUTO})
+        # Mostly sizes and statistics; with all types, the schema would have 1.4 MB.
+        if self._admits_data and (int in kinds or any(get_origin(k) is list for k in kinds)):
+            choices.append(self._define(FROM_DATA, lambda: _FROM_DATA))
+        return {"anyOf": choices} if inner and len(choices) > 1 else inner
 
     def callable_schema(self, schema: Any) -> Json:
         return {
@@ -234,6 +263,9 @@ class _ExperimentSchema(GenerateJsonSchema):
             given: Fields that files can't set, since the builder passes them.
         """
         self._expanded = cls
+        around = self._admits_auto, self._admits_data
+        self._admits_auto = issubclass(cls, LRSchedulerFields | CallableConfig)
+        self._admits_data = not issubclass(cls, LRSchedulerFields | OptimizerConfig)
         schema = self.generate_inner(TypeAdapter(cls).core_schema)
         schema.pop("title", None)
         properties = {k: v for k, v in schema.get("properties", {}).items() if k not in given}
@@ -245,6 +277,7 @@ class _ExperimentSchema(GenerateJsonSchema):
             for name, declaration in cls.extra_parameters.items():
                 properties[name] = self.generate_inner(TypeAdapter(declaration).core_schema)
             schema["additionalProperties"] = cls.accepts_any
+        self._admits_auto, self._admits_data = around
         described = cls if code is None else code
         text = inspect.cleandoc(described.__doc__ or reference_to(described)).split("\n\n")[0]
         schema["description"] = " ".join(text.split())[:300]
@@ -308,7 +341,7 @@ class _ExperimentSchema(GenerateJsonSchema):
             try:
                 if self._accepts(part, code):
                     is_class = isinstance(code, type)
-                    yield code, config_class_of(code) if is_class else function_config_class(code)  # type: ignore[arg-type]  # see is_class
+                    yield code, config_class_of(code) if is_class else part.function_config(code)  # type: ignore[arg-type]  # see is_class
             except (ConfigReferenceError, ImportError):
                 continue  # without a signature, or of a package that isn't installed
 
@@ -324,7 +357,7 @@ class _ExperimentSchema(GenerateJsonSchema):
             # Catalogued functions build models; they are not batch processors.
             return is_any or reference_to(code) in self._single
         else:
-            made = returned_class(code)
+            return part.accepts_function(code)
         return made is not None and any(is_assignable(made, kind) for kind in part.classes)
 
     def _shortest_name(self, code: Code) -> str:

@@ -220,6 +220,55 @@ def test_re_exports_of_trusted_packages_are_refused() -> None:
     assert Run.from_dict({"either": f"{package}.config:Config"}).either is Config
 
 
+LAZY = {
+    "lazy_team/__init__.py": """
+def __getattr__(name):
+    if name == "net":
+        from lazy_team.net import net
+        globals()["net"] = net
+        return net
+    if name == "Ordered":
+        from collections import OrderedDict
+        return OrderedDict
+    if name == "Broken":
+        import a_package_that_is_absent
+    raise AttributeError(name)
+""",
+    "lazy_team/net.py": "def net(value): return value\n",
+}
+
+
+def test_lazily_exported_names_lead_to_their_definitions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module's ``__getattr__`` is asked for names of trusted packages; the definition must be
+    trusted as well.
+    """
+    (tmp_path / "lazy_team").mkdir()
+    for name, text in LAZY.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        with pytest.raises(TrustError, match="outside the trusted packages"):
+            Run.from_dict({"function": "lazy_team:net"})
+        assert "lazy_team" not in sys.modules
+        for _ in range(2):  # the module keeps the name after the first import
+            loaded = Run.from_dict({"function": "lazy_team:net"}, trust="lazy_team")
+            assert loaded.to_dict()["function"] == "lazy_team.net:net"
+        only = Trust(classes=frozenset({"lazy_team:net"}))
+        for reference, trust, problem in (
+            ("lazy_team:net", only, "defined elsewhere; .* 'lazy_team.net:net'"),
+            ("lazy_team:Ordered", "lazy_team", "defined elsewhere; .* 'collections:OrderedDict'"),
+            ("lazy_team:Broken", "lazy_team", "can't be imported: No module named 'a_package"),
+            ("lazy_team:Absent", "lazy_team", "no 'Absent' is defined there"),
+        ):
+            with pytest.raises(ConfigReferenceError, match=problem):
+                Run.from_dict({"function": reference}, trust=trust)
+    finally:
+        for name in [name for name in sys.modules if name.startswith("lazy_team")]:
+            del sys.modules[name]
+
+
 def test_misspelled_reference_gets_a_suggestion(team: Path) -> None:
     """Suggestions are names that the module defines, not its imports."""
     for name, near in {"TeamHok": "TeamHook", "TeamHook.Iner": "Inner", "OrderedDit": None}.items():

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import PurePath
 from typing import (
     Annotated,
@@ -87,6 +87,28 @@ PART_KEYS = ("class_type", "func", CONFIG_TYPE)
 
 CONFIG_BASES: dict[str, type[Config]] = {}
 """Base of derived configs by reference of a class, for its subclasses too; else `ClassConfig`."""
+
+FUNCTION_BASES: dict[str, type[Config]] = {}
+"""Base of derived configs of functions by the kind of a `Part`; else `CallableConfig`."""
+
+STAND_INS: list[Callable[[Any, Any], bool]] = []
+"""Functions of a value and of a parameter's type, True for plain data that a program replaces by a
+value of the type before the code is called. Such data is not validated against the type."""
+
+
+class StandIns:
+    """Marker for the parameters of derived configs, which admit `STAND_INS`."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        validator = partial(self.validated, source)
+        return core_schema.no_info_wrap_validator_function(validator, handler(source))
+
+    def validated(self, declared: Any, value: Any, validate: Callable[[Any], Any]) -> Any:
+        """Return a stand-in for a value of the declared type, or a value of the type."""
+        is_stand_in = any(accepts(value, declared) for accepts in STAND_INS)
+        return value if is_stand_in else validate(value)
 
 
 class ClassConfig(Config, Generic[T_co]):
@@ -177,11 +199,14 @@ class Part:
         functions: Use of functions: ``make`` an instance, as declared by the return annotation, or
             ``call`` the function itself with further arguments.
         given: Parameters that the caller supplies.
+        unannotated: Admit functions without a return annotation that have all ``given`` parameters;
+            the caller checks the result.
     """
 
     kinds: type | str | tuple[type | str, ...]
     functions: Literal["make", "call"] = "make"
     given: tuple[str, ...] = ()
+    unannotated: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -210,7 +235,7 @@ class Part:
             kind = self._kind()
             wanted = self._wanted() if state else f"{kind}: a config, as of config_of()"
             raise ValueError(f"expected {wanted}, found {describe(data)}")
-        config = _as_loaded(data)
+        config = self._as_loaded(data)
         self._check_code(config)
         if self.functions == "make" or not hasattr(config, "func"):
             self._check_arguments(config)
@@ -237,7 +262,7 @@ class Part:
             )
         else:
             function = state.resolve_function(data["func"], Callable, ("func",))
-            target = function_config_class(function)
+            target = self.function_config(function)
         loaded = target.model_validate({k: v for k, v in data.items() if k != CONFIG_TYPE})
         assert isinstance(loaded, ConfigModel)
         return loaded
@@ -261,15 +286,40 @@ class Part:
             self._check_class(cls)
         elif (function := getattr(config, "func", None)) is None:
             raise ValueError(f"expected {self._wanted()}, found a {type(config).__qualname__}")
-        elif self.functions == "make" and self.classes != (object,):
+        elif (
+            self.functions == "make"
+            and self.classes != (object,)
+            and not self.accepts_function(function)
+        ):
             result = returned_class(function)
-            if result is None or not any(is_assignable(result, kind) for kind in self.classes):
-                found = "none" if result is None else repr(reference_to(result))
-                raise ConfigReferenceError(
-                    f"expected a function that returns {self._kind()} by its return annotation; "
-                    f"that of {reference_to(function)!r} names {found}",
-                    ("func",),
-                )
+            found = "none" if result is None else repr(reference_to(result))
+            raise ConfigReferenceError(
+                f"expected a function that returns {self._kind()} by its return annotation; "
+                f"that of {reference_to(function)!r} names {found}",
+                ("func",),
+            )
+
+    def accepts_function(self, function: Callable[..., Any]) -> bool:
+        """Return True if a function makes an instance of a kind, by its declaration."""
+        if "return" not in getattr(function, "__annotations__", {}) and self.unannotated:
+            return {*self.given} <= {parameter.name for parameter in parameters_of(function)}
+        result = returned_class(function)
+        return result is not None and any(is_assignable(result, kind) for kind in self.classes)
+
+    def function_config(self, function: Callable[..., Any]) -> type[Config]:
+        """Return the config class of a function in this part."""
+        kind = self.kinds if isinstance(self.kinds, str) else ""
+        return function_config_class(function, FUNCTION_BASES.get(kind, CallableConfig))
+
+    def _as_loaded(self, config: ConfigModel) -> ConfigModel:
+        """Convert the config to the class of its loaded document."""
+        cls, values = getattr(config, "class_type", None), field_values(config)
+        config_class = type(config)
+        if cls is not None and (config.is_sparse or [*values] == ["class_type"]):
+            config_class = config_class_of(cls)
+        elif isinstance(config, DerivedConfig) and hasattr(config, "func"):
+            config_class = self.function_config(config.func)
+        return config if type(config) is config_class else config_class(**values)
 
     def _check_class(self, cls: type) -> None:
         if not any(is_assignable(cls, kind) for kind in self.classes):
@@ -296,15 +346,6 @@ class Part:
 
     def _wanted(self) -> str:
         return f"{self._kind()}: a mapping with 'class_type' or 'func'"
-
-
-def _as_loaded(config: ConfigModel) -> ConfigModel:
-    """Convert the config to the class of its loaded document."""
-    cls, values = getattr(config, "class_type", None), field_values(config)
-    if cls is None or not (config.is_sparse or [*values] == ["class_type"]):
-        return config
-    config_class = config_class_of(cls)
-    return config if type(config) is config_class else config_class(**values)
 
 
 class _Anything:
@@ -472,12 +513,18 @@ def _derived(cls: type, base: type[Config]) -> type[Config]:
     return _config_class(cls, f"{cls.__name__}Config", base, class_type=(type[cls], ...))
 
 
-@cache
-def function_config_class(function: Callable[..., Any]) -> type[Config]:
+def function_config_class(
+    function: Callable[..., Any], base: type[Config] = CallableConfig
+) -> type[Config]:
     """Return the config class derived from a function's signature."""
+    return _derived_from_function(function, base)
+
+
+@cache
+def _derived_from_function(function: Callable[..., Any], base: type[Config]) -> type[Config]:
     name = "".join(word.capitalize() for word in function.__name__.split("_"))
     field = (Callable[..., Any], ...)
-    made: Any = _config_class(function, f"{name}Config", CallableConfig, func=field)
+    made: Any = _config_class(function, f"{name}Config", base, func=field)
     made.is_factory = returned_class(function) is not None
     return cast("type[Config]", made)
 
@@ -494,7 +541,7 @@ def _config_class(code: Any, name: str, base: type[Config], **fields: Any) -> ty
         annotation = field_annotation(hints.get(name_, parameter.empty))
         if name_ not in hints:
             annotation = UNTYPED_PARAMETERS.get((package, name_), annotation)
-        annotation = base.adapt_parameter(annotation)
+        annotation = Annotated[base.adapt_parameter(annotation), StandIns()]
         if parameter.kind is parameter.VAR_KEYWORD:
             accepts_any = True
             continue
@@ -535,7 +582,7 @@ def _blank(code: Any, base: type[Config], arguments: tuple[Any, ...]) -> Config:
     if isinstance(code, type):
         cls = _derived(code, base[arguments] if arguments else base)  # type: ignore[index]
     else:
-        cls = function_config_class(code)
+        cls = function_config_class(code, base)
     return cls.__new__(cls)
 
 

@@ -144,7 +144,34 @@ def resolve(reference: str, trust: Trust) -> Code:
         elif missing is not None and missing.startswith(f"{package}."):
             problem += _installed_release(package)
         raise ConfigReferenceError(problem) from error
+    exported = _lazy_export(module, qualname, reference)
+    if exported is not None and trust.covers(exported.__module__, exported.__qualname__):
+        module, qualname = sys.modules[exported.__module__], exported.__qualname__
+        reference = reference_to(exported)
     return find_in_module(module, qualname, reference)
+
+
+def _lazy_export(module: ModuleType, name: str, reference: str) -> Code | None:
+    """Return code that a module with ``__getattr__`` exports from another module, else None.
+
+    Such modules import on demand, and keep what they have imported.
+
+    Raises:
+        ConfigReferenceError: The import fails.
+    """
+    is_lazy = "__getattr__" in vars(module) or hasattr(type(module), "__getattr__")
+    if not is_lazy or "." in name or name.startswith("_"):
+        return None
+    try:
+        found = getattr(module, name)
+    except ImportError as error:
+        raise ConfigReferenceError(f"{reference!r} can't be imported: {error}") from error
+    except Exception:  # mostly an AttributeError: the module has no such name
+        return None
+    if not isinstance(found, Code) or found.__module__ == module.__name__:
+        return None
+    vars(module).setdefault(name, found)  # as after an import, for the error if it is not trusted
+    return found
 
 
 def _installed_release(package: str) -> str:

@@ -24,12 +24,19 @@ from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, run_config_file
 
 if TYPE_CHECKING:
     from robo_orchard_lab.experiment.config import ExperimentConfig
-    from robo_orchard_lab.experiment.evaluation import SavedWeights
+    from robo_orchard_lab.experiment.initial_weights import SavedWeights
 
 
 @click.command("train", cls=ExperimentCommand, lists_fields=True)
 @file_argument
 @allow_option
+@click.option(
+    "--from",
+    "source",
+    metavar="RUN",
+    help="Begin a new run with the weights of RUN, a checkpoint or a *.safetensors file; sets "
+    "init_from.path.",
+)
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -45,6 +52,7 @@ def train(
     file: Path,
     experiment: ExperimentArguments,
     allow: str | None,
+    source: str | None,
     dry_run: bool,
     debug_fast: bool,
     as_json: bool,
@@ -54,6 +62,7 @@ def train(
     \b
       robo-orchard-lab train experiment.yaml
       robo-orchard-lab train experiment.yaml --trainer.max_epoch 3 --optimizer.lr=0.05
+      robo-orchard-lab train experiment.yaml --from runs/pretrained --run_folder runs/fine
       robo-orchard-lab train experiment.yaml --dry-run
       torchrun --nproc-per-node 2 -m robo_orchard_lab train experiment.yaml
 
@@ -63,6 +72,8 @@ def train(
     """
     if dry_run and debug_fast:
         raise CommandError("expected one of --dry-run and --debug-fast, found both")
+    if source is not None:
+        experiment = experiment.with_field("init_from.path", source, "--from")
     own_folder = _run_folder_of(file)
     if own_folder is not None and not experiment.sets("run_folder"):
         experiment = experiment.within(own_folder)
@@ -261,6 +272,7 @@ def _load_weights(
 ) -> tuple[ExperimentConfig, SavedWeights]:
     """Return the experiment and the weights of a run, or of the run of a file."""
     from robo_orchard_lab.experiment import evaluation
+    from robo_orchard_lab.experiment.initial_weights import SavedWeights
     from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
     from robo_orchard_lab.experiment.run_folder import find_run
 
@@ -276,7 +288,7 @@ def _load_weights(
         checkpoints = find_checkpoints(path)
     if best:
         return config, evaluation.best_weights(config, folder, checkpoints)
-    return config, evaluation.SavedWeights.from_checkpoint(checkpoints.pick())
+    return config, SavedWeights.from_checkpoint(checkpoints.pick())
 
 
 def _print_metrics(

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -346,7 +346,7 @@ class OpenCheckpoint:
 
     def _read_header(self, name: str) -> memoryview:
         entry = self.manifest.files[name]
-        with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
+        with self._in_file(name), _closing_file(self._open_entry(name, entry)) as descriptor:
             begin = os.pread(descriptor, LENGTH_BYTES, 0)
             length = FileLayout.header_length(begin, entry.size, self._limits)
             return buffer_view(_read(descriptor, length))
@@ -397,19 +397,13 @@ class OpenCheckpoint:
     def _read_tensors(self, name: str) -> dict[str, torch.Tensor]:
         file = buffer_view(self._read_verified(name))
         with self._in_file(name):
-            layout = FileLayout.parse(file, len(file), self._limits)
-            data = file[len(layout.header) :]
-            found = {info.name: info.view(data) for info in layout.tensors}
-            for key, tensor in found.items():
-                if tensor.dtype is torch.bool:
-                    _check_bools(key, tensor.view(torch.uint8))
-            return found
+            return _tensors_in(file, self._limits)
 
     def _verify_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Compare a file with its digest, in pieces; return its tensors without values."""
         entry, layout = self.manifest.files[name], self.layout(name)
         buffer = allocate_buffer(min(entry.size, _PIECE_BYTES))
-        with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
+        with self._in_file(name), _closing_file(self._open_entry(name, entry)) as descriptor:
             digest = new_digest(self.manifest.digest_name)
             bools = sorted(
                 (t.begin, t.end, t.name) for t in layout.tensors if t.dtype is torch.bool
@@ -434,7 +428,7 @@ class OpenCheckpoint:
 
     def _read_verified(self, name: str) -> torch.Tensor:
         entry = self.manifest.files[name]
-        with self._in_file(name), _closing(self._open_entry(name, entry)) as descriptor:
+        with self._in_file(name), _closing_file(self._open_entry(name, entry)) as descriptor:
             buffer = _read(descriptor, entry.size)
             _compare(digest_of(self.manifest.digest_name, buffer_view(buffer)), entry)
             return buffer
@@ -453,29 +447,10 @@ class OpenCheckpoint:
 
     def _check_holes(self, descriptor: int, size: int) -> None:
         """Refuse sparse files that have far fewer bytes on the disk than they claim."""
-        begin = 0
-        try:
-            while (hole := os.lseek(descriptor, begin, os.SEEK_HOLE)) < size:
-                self._data_bytes += hole - begin
-                try:
-                    begin = os.lseek(descriptor, hole, os.SEEK_DATA)
-                except OSError as error:
-                    if error.errno != errno.ENXIO:
-                        raise
-                    begin = size
-                self._hole_bytes += begin - hole
-                if self._hole_bytes > _MAX_HOLE_BYTES + _MAX_HOLE_RATIO * self._data_bytes:
-                    raise CheckpointError(
-                        f"of its {size} bytes, few are on the disk: it is a sparse file; if you "
-                        "trust it, copy the checkpoint with cp -r --sparse=never"
-                    )
-                if begin == size:
-                    return
-            self._data_bytes += size - begin
-        except OSError:
-            return  # the file system can't tell
-        finally:
-            os.lseek(descriptor, 0, os.SEEK_SET)
+        data, holes = _data_and_holes(descriptor, size)
+        self._data_bytes += data
+        self._hole_bytes += holes
+        _refuse_sparse(size, self._data_bytes, self._hole_bytes)
 
     def _lock_shared(self) -> None:
         """Keep others from removing the checkpoint, if the file system supports locks."""
@@ -504,11 +479,9 @@ class OpenCheckpoint:
             needed += self._read_bytes
             self._read_bytes += kept
         else:  # earlier reads have reduced the available memory
-            import psutil  # type: ignore[import-untyped]  # here, since it costs 6 ms
-
             of_json = sum(size for name, size in sizes.items() if name.endswith(".json"))
             needed += of_json * (_JSON_MEMORY - 1)
-            most = psutil.virtual_memory().available
+            most = _available_memory()
         if needed > most:
             raise CheckpointError(
                 f"{self.path} has {needed} bytes to read; at most {most} are, the available memory "
@@ -526,6 +499,58 @@ class OpenCheckpoint:
             raise CheckpointError(f"{self.path / name}: {error}") from error
         except OSError as error:
             raise CheckpointError(f"{self.path / name} can't be read: {error.strerror}") from error
+
+
+def read_tensor_file(
+    path: str | os.PathLike[str], limits: ReadLimits | None = None
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Read a safetensors file of any program to the CPU, with the checks of a checkpoint's file.
+
+    The path may be a link.
+
+    Returns:
+        The tensors by name, and the file's xxh3-128 digest.
+
+    Raises:
+        CheckpointError: the file can't be read, is malformed, larger than the available memory or
+            than ``limits``, sparse, or belongs to an untrusted owner.
+    """
+    limits = limits or ReadLimits()
+    path = Path(path).resolve()
+    folder = CheckpointDir(path.parent, limits)
+    most = limits.max_total_bytes
+    with closing(folder), _closing_file(folder.open_file(path.name)) as descriptor:
+        try:
+            size = os.fstat(descriptor).st_size
+            begin = os.pread(descriptor, LENGTH_BYTES, 0)
+            header = os.pread(descriptor, FileLayout.header_length(begin, size, limits), 0)
+            FileLayout.parse(memoryview(header), size, limits)
+            if size > (most := _available_memory() if most is None else most):
+                raise CheckpointError(f"it has {size} bytes; at most {most} are read")
+            data, holes = _data_and_holes(descriptor, size)
+            _refuse_sparse(size, data, holes)
+            file = buffer_view(_read(descriptor, size))
+            return _tensors_in(file, limits), digest_of("xxh3_128", file)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+
+def _tensors_in(file: memoryview, limits: ReadLimits) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file in memory, as views."""
+    layout = FileLayout.parse(file, len(file), limits)
+    data = file[len(layout.header) :]
+    found = {info.name: info.view(data) for info in layout.tensors}
+    for key, tensor in found.items():
+        if tensor.dtype is torch.bool:
+            _check_bools(key, tensor.view(torch.uint8))
+    return found
+
+
+def _available_memory() -> int:
+    import psutil  # type: ignore[import-untyped]  # here, since it costs 6 ms
+
+    available: int = psutil.virtual_memory().available
+    return available
 
 
 def _decode_part(
@@ -555,6 +580,35 @@ def _read(descriptor: int, size: int) -> torch.Tensor:
     return buffer
 
 
+def _data_and_holes(descriptor: int, size: int) -> tuple[int, int]:
+    """Count the bytes of a file on the disk and in holes; all are data if unknown."""
+    begin = holes = 0
+    try:
+        while (hole := os.lseek(descriptor, begin, os.SEEK_HOLE)) < size:
+            try:
+                begin = os.lseek(descriptor, hole, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                begin = size
+            holes += begin - hole
+            if begin == size:
+                break
+    except OSError:
+        return size, 0  # the file system can't tell
+    finally:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    return size - holes, holes
+
+
+def _refuse_sparse(size: int, data: int, holes: int) -> None:
+    if holes > _MAX_HOLE_BYTES + _MAX_HOLE_RATIO * data:
+        raise CheckpointError(
+            f"of its {size} bytes, few are on the disk: it is a sparse file; if you trust it, copy "
+            "it with cp --sparse=never"
+        )
+
+
 def _check_bools(name: str, content: torch.Tensor) -> None:
     if (content > 1).any():
         raise CheckpointError(f"the bool tensor {name!r:.80} has bytes above 1")
@@ -566,7 +620,7 @@ def _compare(digest: str, entry: FileEntry) -> None:
 
 
 @contextmanager
-def _closing(descriptor: int) -> Iterator[int]:
+def _closing_file(descriptor: int) -> Iterator[int]:
     try:
         yield descriptor
     finally:

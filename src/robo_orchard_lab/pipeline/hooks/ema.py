@@ -247,6 +247,14 @@ class AveragedWeights:
         self._groups = list(groups.values())
 
 
+def averaged_weights(state: Any) -> dict[str, torch.Tensor]:
+    """Return the averages in a saved state of an `EMA` by the model's names; empty for others."""
+    found: dict[str, torch.Tensor] = {}
+    for part in ("shadows", "copies") if isinstance(state, Mapping) else ():
+        found |= state.get(part) or {}
+    return found
+
+
 def _copied_tensors(
     model: nn.Module, averaged: set[int]
 ) -> Iterator[tuple[str, tuple[nn.Module, str]]]:

@@ -395,6 +395,11 @@ class HookBasedTrainer:
                 "a trainer's hooks can't be replaced; add to them by trainer.hooks += hook"
             )
 
+    @property
+    def resumed(self) -> bool:
+        """True if the run was restored from a checkpoint."""
+        return self._resumed
+
     def keep_files(self, *paths: str | os.PathLike[str]) -> None:
         """Write small files again during the run if they disappear, as with the run folder."""
         for path in paths:
