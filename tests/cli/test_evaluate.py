@@ -94,7 +94,7 @@ def test_test_sets_are_evaluated_by_the_command_test(capsys: pytest.CaptureFixtu
     assert found(capsys, "run", "--max-batches", "1", command="test") != own
     # Without data.test, the evaluation set of this name.
     evaluated = f"--data.evaluation.test={TEST_SET.partition('=')[2]}"
-    as_before = found(capsys, "run", "--data.test.unseen=null", evaluated, command="test")
+    as_before = found(capsys, "run", "--data.test=null", evaluated, command="test")
     assert as_before == {"eval/test/loss": own["eval/unseen/loss"]}
 
 
@@ -128,7 +128,7 @@ def test_predict_writes_each_sample_in_order(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["test", "run", "--data.test.unseen=null"], "no test set\n       add data.test.NAME"),
+        (["test", "run", "--data.test=null"], "no test set\n       add data.test.NAME"),
         (["test", "run", "--weights", "averaged"], "hook 'averaged'; did you mean 'average'?"),
         (["test", "run", "--weights", "log"], "no weights of a hook 'log'"),
         (["test", "run", "--max-batches", "0"], "--max-batches"),

@@ -153,6 +153,7 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
             "seed": 7,
             "metrics": {"accuracy": _ACCURACY},
             "sets": ["more"],
+            "max_batches": {"more": 2},
             "metric_inputs": f"{__name__}:of_pairs",
             "dataloaders": {
                 "more": {
@@ -162,7 +163,7 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
                 }
             },
         },
-        {"every": None, "at_end": True},
+        {"every": None, "at_end": True, "weights": {"raw": None, "ema": "ema"}, "max_batches": 1},
     ],
 }
 

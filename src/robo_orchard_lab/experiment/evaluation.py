@@ -197,7 +197,7 @@ def _validation_hooks(
     found = {n: c for n, c in experiment.hooks.items() if isinstance(c, ValidationHookConfig)}
     own = {name for config in found.values() for name in config.dataloaders or ()}
     data = experiment.data
-    known = [*data.evaluation, *data.test, *own]
+    known = [*data.evaluation, *(data.test or ()), *own]
     for name in sets:
         if name not in known:
             raise unknown_field(name, known, "the experiment", ("data", "evaluation"))
@@ -238,7 +238,7 @@ def _loaders(experiment: ExperimentConfig, names: Collection[str]) -> dict[str, 
     """Build loaders of evaluation and test sets."""
     loaders: dict[str, Iterable[Any]] = {}
     for kind in ("evaluation", "test"):
-        for name, loader in getattr(experiment.data, kind).items():
+        for name, loader in (getattr(experiment.data, kind) or {}).items():
             if name in names:
                 with building("data", kind, name):
                     loaders[name] = make_loader(loader)
@@ -250,7 +250,7 @@ def _find_set(experiment: ExperimentConfig, name: str) -> tuple[tuple[str, ...],
     data = experiment.data
     sets: dict[str, Any] = {"train": (("data", "train"), data.train)}
     for kind in ("evaluation", "test"):
-        for each, loader in getattr(data, kind).items():
+        for each, loader in (getattr(data, kind) or {}).items():
             sets[each] = (("data", kind, each), loader)
     if name not in sets:
         raise unknown_field(name, sets, "the experiment", ("data",))

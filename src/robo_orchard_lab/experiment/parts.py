@@ -274,15 +274,17 @@ class DataConfig(Config):
     evaluation: Annotated[dict[str, LoaderConfig], HARMLESS] = Field(
         default={}, description="Evaluation sets by name, for every ValidationHook."
     )
-    test: Annotated[dict[str, LoaderConfig], HARMLESS] = Field(
-        default={}, description="Test sets by name, for the commands test and predict only."
+    test: Annotated[dict[str, LoaderConfig] | None, HARMLESS] = Field(
+        default=None,
+        min_length=1,
+        description="Test sets by name, for the commands test and predict only.",
     )
     order: DataOrderConfig = Field(
         default=DataOrderConfig(), description="Options of the sample order."
     )
 
     def __post_init__(self) -> None:
-        for name in self.test:
+        for name in self.test or ():
             if name in self.evaluation:
                 raise ConfigFieldError("is an evaluation set, too; rename one", ("test", name))
 

@@ -209,7 +209,7 @@ def test(
     ValidationHook; without such a hook, the losses alone. Otherwise as `evaluate`.
     """
     config, saved = _load_weights(run_or_file, experiment, best)
-    names = [*(config.data.test or {}.fromkeys({"test"} & config.data.evaluation.keys()))]
+    names = [*(config.data.test or {"test"} & config.data.evaluation.keys())]
     if not (sets or names):
         raise CommandError(
             "the experiment has no test set",
