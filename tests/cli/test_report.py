@@ -15,6 +15,7 @@ from tests.cli.running import START, environment, run
 from tests.cli.spirals import EXPERIMENT, MODULE
 
 from robo_orchard_lab.cli.main import main
+from robo_orchard_lab.report.story import read_story
 from run_folders import HOSTILE, Page, record, write_metrics
 
 LONGEST_S = 60.0
@@ -26,7 +27,8 @@ def made(folder: Path, lr: float, values: list[float], **state: object) -> Path:
     write_metrics(folder, lines)
     (folder / "config.yaml").write_text(json.dumps({"name": "x", "optimizer": {"lr": lr}}))
     (folder / "starts").mkdir()
-    start = {"git": {"commit": "abcdef0123456789", "changed": ["a.py"]}}
+    changed = ["?? new.py", *([" M a.py"] if lr == 0.1 else [])]
+    start = {"git": {"commit": "abcdef0123456789", "changed": changed}}
     (folder / "starts" / "0001.json").write_text(json.dumps(start))
     progress = {"global_step_id": len(values), "epoch_id": 1}
     document = {"state": "completed", "progress": progress, **state}
@@ -74,6 +76,29 @@ def test_a_killed_run_has_a_report_up_to_its_last_record(tmp_path: Path) -> None
     assert (lr["value"], lr["from"]) == ("0.1", "experiment.yaml:13")
 
 
+def test_values_have_their_sources_also_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values come from base, file or command line; a resume keeps that, and lists its changes."""
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text(EXPERIMENT)
+    Path("child.yaml").write_text("base: base.yaml\nrun_folder: run\noptimizer: {lr: 0.2}\n")
+    assert main(["train", "child.yaml", "--trainer.max_epoch", "1"]) == 0
+    assert main(["resume", "run", "--trainer.max_epoch", "2"]) == 0
+    story = read_story(Path("run"))
+    found = {item["path"]: (item["value"], item["from"]) for item in story["configuration"]}
+    assert found["optimizer.lr"] == ("0.2", "child.yaml:3")
+    assert found["optimizer.momentum"] == ("0.9", "base.yaml:13")
+    assert found["trainer.max_epoch"] == ("2", "command line: --trainer.max_epoch")
+    assert found["model.hidden"] == ("[8]", "base.yaml:2")
+    assert found["trainer.max_step"] == ("null", "")
+    assert story["base"]["file"] == "base.yaml"
+    changes = {change["path"]: change["after"] for change in story["base"]["changes"]}
+    assert (changes["optimizer.lr"], changes["trainer.max_epoch"]) == ("0.2", "1")
+    [change] = [each for each in story["changes"] if each["path"] == "trainer.max_epoch"]
+    assert (change["start"], change["before"], change["after"]) == ("0002", "1", "2")
+
+
 def test_report_compares_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Several runs make one page with all curves, the differences and the sorting metric."""
     arguments = ["report", "runs/a", "runs/c", "runs/deep/b", "--sort", "eval/val/loss"]
@@ -105,6 +130,7 @@ def test_runs_lists_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     headings, *rows = capsys.readouterr().out.splitlines()
     assert headings.split() == ["RUN", "STATE", "STEPS", "TIME", "BEST", "COMMIT"]
     assert [row.split()[0] for row in rows] == ["deep/b", "c", "a"]
+    assert rows[1].endswith(" abcdef01")
     assert rows[2].split()[1:3] == ["completed", "3"]
     assert rows[2].endswith("eval/val/loss 1 (step 2)    abcdef01+")
 

@@ -207,6 +207,7 @@ def train(
 
 def _report_result(folder: Path, arguments: ExperimentArguments, as_json: bool) -> None:
     from robo_orchard_lab.pipeline.run.run_state import read_run_state
+    from robo_orchard_lab.report.page import REPORT_FILE
 
     try:
         state = read_run_state(folder)
@@ -225,11 +226,14 @@ def _report_result(folder: Path, arguments: ExperimentArguments, as_json: bool) 
             say(f"  not finite         {', '.join(state.checkpoint.non_finite)}")
         say(f"  evaluate           {_command('evaluate', folder, arguments)}")
         say(f"  export weights     {PROGRAM} checkpoint export {shlex.quote(str(folder))}")
+    if (report := folder / REPORT_FILE).is_file():
+        say(f"  report             {report}")
 
 
 def _report_interruption(folder: Path, arguments: ExperimentArguments) -> None:
     """Report a run that did not complete; an error here must not hide the run's own error."""
     from robo_orchard_lab.experiment.existing_run import find_existing_run
+    from robo_orchard_lab.report.page import REPORT_FILE
 
     try:
         found = find_existing_run(folder)
@@ -246,6 +250,8 @@ def _report_interruption(folder: Path, arguments: ExperimentArguments) -> None:
     if found.newest_step is not None:
         step = "" if is_saved else f" from step {found.newest_step}"
         note(f"  resume{step}:  {_command('resume', folder, arguments)}")
+    if (report := folder / REPORT_FILE).is_file():
+        note(f"  report:  {report}")
 
 
 def _command(name: str, folder: Path, arguments: ExperimentArguments) -> str:

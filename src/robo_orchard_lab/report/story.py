@@ -236,8 +236,15 @@ def newest_commit(folder: Path, problems: Problems) -> tuple[str, bool] | None:
     for _, start in reversed(_starts(folder, problems)):
         git = mapping(start.get("git"))
         if git.get("commit"):
-            return text(git["commit"], limit=64), bool(git.get("changed"))
+            return text(git["commit"], limit=64), _has_changes(git)
     return None
+
+
+def _has_changes(git: Mapping[str, Any]) -> bool:
+    """Return True if tracked files differ from the commit, or may differ."""
+    changed = git.get("changed")
+    names = [name for name in items(changed) if not text(name).startswith("??")]
+    return changed is True or bool(names or git.get("left_out"))
 
 
 def _environment(
@@ -247,7 +254,6 @@ def _environment(
     metadata = mapping(checkpoints[-1]["metadata"]) if checkpoints else {}
     found = starts[-1][1] if starts and starts[-1][1] else metadata
     git = mapping(found.get("git"))
-    changed = git.get("changed")
     return {
         "command": text(found.get("command")),
         "folder": text(found.get("folder")),
@@ -258,8 +264,8 @@ def _environment(
         },
         "commit": text(git.get("commit"), limit=64),
         "branch": text(git.get("branch"), limit=200),
-        "changed": [text(name, limit=300) for name in items(changed)[:50]],
-        "has_changes": bool(changed),
+        "changed": [text(name, limit=300) for name in items(git.get("changed"))[:50]],
+        "has_changes": _has_changes(git),
         "starts": [
             {
                 "name": name,
@@ -284,11 +290,11 @@ def _configuration(
     if not values and described:
         values = {dotted(path): value for path, value in leaves(described)}
     sources: dict[str, str] = {}
-    for _, start in starts:
+    for number_, (_, start) in enumerate(starts):
         for path, source in mapping(start.get("sources")).items():
             # A resume reads the run's own file, which says nothing about the origin.
             name = Path(text(source).rpartition(":")[0]).name
-            if path not in sources or name != CONFIG_FILE:
+            if not number_ or name != CONFIG_FILE:
                 sources[path] = text(source, limit=300)
     return [
         {

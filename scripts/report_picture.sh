@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Take the README's picture, docs/report.png, of a report in headless Chromium.
+#
+#     bash scripts/report_picture.sh runs/digits/report.html
+set -euo pipefail
+[ $# = 1 ] || { echo "expected one argument, the report of a run" >&2; exit 2; }
+picture=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)/docs/report.png
+profile=$(mktemp -d)
+trap 'rm -rf "$profile"' EXIT
+chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync \
+    --disable-background-networking --disable-component-update --user-data-dir="$profile" \
+    --hide-scrollbars --window-size=1280,800 --virtual-time-budget=3000 \
+    --screenshot="$picture" "file://$(realpath "$1")" 2>/dev/null
+echo "wrote $picture"
