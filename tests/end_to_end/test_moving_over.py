@@ -18,6 +18,7 @@ from launching import launch
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/moving_over.md").read_text("utf-8")
 BEGIN, *SECTIONS = PAGE.split("\n## From ")
+OTHERS_OF_LIGHTNING = [(0, 2), (3, 4), (5, 6), (7, 8)]  # pairs after the first
 PACKAGES = {
     "Lightning": "pytorch_lightning",
     "Transformers' Trainer": "transformers",
@@ -44,10 +45,11 @@ def weights_of(tmp_path_factory: pytest.TempPathFactory) -> WeightsOf:
     @functools.cache
     def run(name: str, number: int) -> Weights:
         script = SCRIPTS[name][number]
-        if name == "Lightning" and number == 2:  # with the module of the first script
-            script = SCRIPTS[name][0].partition("\nmodel = ")[0] + script
+        is_ours = "HookBasedTrainer" in script
+        if name == "Lightning" and (number == 2 or (number and not is_ours)):
+            script = SCRIPTS[name][0].partition("\nmodel = ")[0] + "\n" + script  # its module
         folder = tmp_path_factory.mktemp("script")
-        return (_run_theirs if number == 0 else _run_ours)(COMMON + script, folder)
+        return (_run_ours if is_ours else _run_theirs)(COMMON + script, folder)
 
     return run
 
@@ -74,10 +76,13 @@ def _run_theirs(script: str, folder: Path) -> Weights:
 
 
 def test_each_package_has_a_pair_of_scripts() -> None:
-    """The page has a script of each package and ours, and one of the adapter."""
-    assert {name: len(scripts) for name, scripts in SCRIPTS.items()} == {
-        name: 2 + (name == "Lightning") for name in PACKAGES
+    """The page has pairs of scripts, and one of the adapter."""
+    are_ours = {
+        name: ["HookBasedTrainer" in script for script in scripts]
+        for name, scripts in SCRIPTS.items()
     }
+    of_lightning = [False, True, True, *[False, True] * 3]
+    assert are_ours == {name: [False, True] for name in PACKAGES} | {"Lightning": of_lightning}
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -88,12 +93,17 @@ def test_our_script_trains(name: str, weights_of: WeightsOf) -> None:
     assert not torch.equal(trained["0.weight"], untrained["make_net"]()[0].weight)
 
 
-@pytest.mark.parametrize(("name", "number"), [*((name, 1) for name in PACKAGES), ("Lightning", 2)])
-def test_both_scripts_train_equal_weights(name: str, number: int, weights_of: WeightsOf) -> None:
+PAIRS = [*((name, 0, 1) for name in PACKAGES), *(("Lightning", *p) for p in OTHERS_OF_LIGHTNING)]
+
+
+@pytest.mark.parametrize(("name", "their_number", "our_number"), PAIRS)
+def test_both_scripts_train_equal_weights(
+    name: str, their_number: int, our_number: int, weights_of: WeightsOf
+) -> None:
     """The script of the other package and ours end with the same weights, bit for bit."""
     package = PACKAGES[name]
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed; see requirements/peers.txt")
-    theirs, ours = weights_of(name, 0), weights_of(name, number)
+    theirs, ours = weights_of(name, their_number), weights_of(name, our_number)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
