@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torchmetrics
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau, StepLR
 
+from launching import SCRIPTS, launch
 from robo_orchard_lab.pipeline import HookBasedTrainer
 from robo_orchard_lab.pipeline.errors import (
     BatchProcessorError,
@@ -605,3 +607,22 @@ def test_manual_optimization_refuses_accumulation_of_the_trainer() -> None:
     module = Adversarial()
     with pytest.raises(PipelineConfigError, match="expected gradient_accumulation_steps=1"):
         make_trainer(module, accumulate=2)()
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    """Weights and logged values of two ranks equal those of one process, also with uneven data."""
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launch(SCRIPTS / "lightning_on_ranks.py", folder, processes=processes)
+        found.append(json.loads((folder / "found.json").read_text("utf-8")))
+    one, two = found
+    for kind in ("False", "True"):
+        assert two[kind]["weights"] == pytest.approx(one[kind]["weights"], rel=1e-4, abs=1e-6)
+        assert two[kind]["values"].keys() == one[kind]["values"].keys()
+        for name, value in one[kind]["values"].items():
+            if "largest" not in name and "rank" not in name:
+                assert two[kind]["values"][name] == pytest.approx(value, rel=1e-4), name
+        assert two[kind]["values"]["8 eval/val/rank"] == 0.5  # the mean over ranks
+    assert two["True"]["weights"] == pytest.approx(two["False"]["weights"], rel=1e-6)
