@@ -10,6 +10,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from robo_orchard_lab.pipeline import NamedSteps, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.batch_processor import ForwardResult
 
+CACHES_CASTS = not torch.__version__.startswith("2.8.")
+"""True if the trainer's autocast reuses the casts of weights within a batch."""
+
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 

@@ -31,4 +31,5 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def autocast(precision: str) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    caches = not torch.__version__.startswith("2.8.")  # as the trainer's autocast
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=caches)

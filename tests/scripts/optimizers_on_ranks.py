@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from gan import GAN, Batch, JointGAN, loss_d, loss_g, make_batches, make_model
+from gan import CACHES_CASTS, GAN, Batch, JointGAN, loss_d, loss_g, make_batches, make_model
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
     NamedSteps,
@@ -122,11 +122,11 @@ def reduce(parameters: list[torch.nn.Parameter]) -> None:
 def plain(seen: list[Batch], window: int, precision: str, *, joint: bool) -> torch.nn.ModuleDict:
     model = make_net(seed=0)
     by_name = optimizers_of(model)
-    bf16 = precision == "bf16"
+    options = {"enabled": precision == "bf16", "cache_enabled": CACHES_CASTS}
     for step, batch in enumerate(seen, start=1):
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, **options):
             fake = model["g"](batch[1])
             losses = {"d": rank_loss_d(model, batch, fake)}
             if joint:
@@ -134,7 +134,7 @@ def plain(seen: list[Batch], window: int, precision: str, *, joint: bool) -> tor
         due = list(losses)
         for name in ("d", "g"):
             if name not in losses:
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                with torch.autocast("cpu", torch.bfloat16, **options):
                     losses[name] = loss_g(model, fake)
             parameters = list(model[name].parameters())
             scaled = losses[name] / window if window > 1 else losses[name]
@@ -185,15 +185,17 @@ class Other(GAN):
 
 
 def is_refused(kind: str) -> bool:
-    """Return True if the trainer refuses a model in DDP, or a sharded one."""
+    """Return True if the trainer refuses a model in DDP, a sharded one, or unequal ranks."""
     AcceleratorState._reset_state()
     accelerator, model = Accelerator(cpu=True), make_model()
     if kind == "sharded":
         for layer in model.values():
             fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
-    given = model if kind == "sharded" else accelerator.prepare(model)
-    optimizers = {name: torch.optim.SGD(model[name].parameters(), lr=0.1) for name in ("d", "g")}
+    given = accelerator.prepare(model) if kind == "ddp" else model
+    rates = {"d": 0.1, "g": 0.1 + (kind == "rates") * torch.distributed.get_rank()}
+    optimizers = {n: torch.optim.SGD(model[n].parameters(), lr=rate) for n, rate in rates.items()}
     message = {
+        "rates": "but must be equal, in the optimizer.",
         "ddp": "several optimizers need a model without DDP",
         "sharded": "need a replicated model on plain processes, found a model sharded by",
     }
@@ -225,7 +227,7 @@ def main(folder: Path, task: str) -> None:
             expected = plain(processor.seen, window, precision, joint=is_joint)
             name = f"{kind.__name__} {window} {precision}"
             found[name] = differences(trainer.model, expected) + other_ranks(trainer)
-    found["refused"] = [kind for kind in ("ddp", "sharded") if not is_refused(kind)]
+    found["refused"] = [kind for kind in ("ddp", "sharded", "rates") if not is_refused(kind)]
     hooks = [
         LossTrackerConfig()(),
         GradientClippingHookConfig(max_norm=0.1)(),

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from robo_orchard_core.utils.hook import HookContext, HookContextChannel, RemovableHandle
-from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
+from robo_orchard_lab.pipeline import HookBasedTrainer, NamedSteps, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.checkpoint import (
     CheckpointInfo,
     CheckpointStore,
@@ -126,6 +126,12 @@ class Processor(SimpleBatchProcessor):
         return model(batch), None
 
 
+class NamedProcessor(SimpleBatchProcessor):
+    def forward(self, model: Any, batch: Any) -> NamedSteps:
+        assert_type((yield "g", model(batch).mean()), Any)
+        return model(batch)
+
+
 def build(model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
     assert_type(MyHookConfig()(), MyHook)
     assert_type(GradientClippingHookConfig(max_norm=1.0)(), GradientClippingHook)
@@ -138,6 +144,9 @@ def build(model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
         max_epoch=1,
     )
     HookBasedTrainer(Accelerator(), model, batches, model, max_epoch=1)  # type: ignore[arg-type]
+    named: dict[str, torch.optim.Optimizer] = {"g": torch.optim.SGD(model.parameters(), lr=0.1)}
+    several = HookBasedTrainer(Accelerator(), model, batches, NamedProcessor(), named, max_epoch=1)
+    assert_type(several.optimizers["g"], torch.optim.Optimizer)
     trainer.hooks += MyHookConfig()
     assert_type(trainer.hooks, PipelineHooks)
     trainer()

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from gan import GAN, Batch, JointGAN, adams, loss_d, loss_g, make_batches, make_model
+from gan import CACHES_CASTS, GAN, Batch, JointGAN, adams, loss_d, loss_g, make_batches, make_model
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
     NamedSteps,
@@ -29,10 +29,12 @@ from robo_orchard_lab.pipeline.errors import (
     BatchProcessorError,
     CheckpointError,
     PipelineConfigError,
+    UnknownMetricError,
 )
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import (
     EMAConfig,
+    FreezeHookConfig,
     GradientClippingHookConfig,
     LossTrackerConfig,
     MetricsLoggerConfig,
@@ -92,7 +94,8 @@ def plain_gan(precision: str, *, joint: bool, window: int = 1, last: int = 4) ->
     """Train with a plain loop: the updates of the critic and the generator, or both at the end."""
     model, batches = make_model(), make_batches(last=last)
     by_name = adams(model)
-    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
+    options = {"enabled": precision == "bf16", "cache_enabled": CACHES_CASTS}
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, **options)
     for begin in range(0, len(batches), window):
         micro = batches[begin : begin + window]
         total = sum(len(real) for real, _ in micro)
@@ -509,6 +512,27 @@ def test_updates_within_a_batch_count_as_compute() -> None:
     assert records["perf/hooks_s"] < 0.02
 
 
+def test_metrics_of_optimizers_can_be_monitored() -> None:
+    """Hooks may wait for the metrics of an optimizer; an unknown name is an error at the start."""
+    bar = ProgressBarHookConfig(plain=True, metrics=["grad_norm/g", "loss/d_epoch", "lr/g"])
+    make_trainer([*observing()[1:], bar()])()
+    wrong = ProgressBarHookConfig(plain=True, metrics=["loss/x"])
+    trainer = make_trainer([*observing()[1:], wrong()])
+    with pytest.raises(UnknownMetricError, match="loss/x"):
+        trainer()
+    assert trainer.progress.global_step_id == 0
+
+
+def test_a_frozen_optimizer_pauses() -> None:
+    """While a hook freezes all parameters of an optimizer, its losses change nothing."""
+    freeze = FreezeHookConfig(patterns=["d.*"], until_step=4)
+    trainer = make_trainer([freeze()], max_step=4)
+    before = state_of(trainer.model["d"])  # type: ignore[index]
+    trainer()
+    assert_equal(trainer.model["d"].state_dict(), before)  # type: ignore[index]
+    assert trainer.progress.optimizer_steps == {"g": 4, "d": 4}
+
+
 def test_clipping_can_name_its_optimizers() -> None:
     """Gradients of the named optimizer are clipped by its own norm, and others are not."""
     norms: dict[str, float] = {}
@@ -551,6 +575,26 @@ def test_the_guard_skips_the_update_of_one_optimizer() -> None:
     failing = make_trainer([NonFiniteGuardConfig()()], Poisoned())
     with pytest.raises(FloatingPointError, match="norm is nan for the optimizer 'd'"):
         failing()
+
+
+@pytest.mark.parametrize("read", ["one update late", "at logging points"])
+def test_the_guard_finds_bad_updates_later(read: Any) -> None:
+    """Checks after the update find a NaN loss of one optimizer as well."""
+    hooks = [NonFiniteGuardConfig(read=read)(), *observing()]
+    trainer = make_trainer(hooks, Poisoned())
+    with pytest.raises(FloatingPointError, match="made before the values were read"):
+        trainer()
+    assert trainer.progress.global_step_id in (2, 3)
+
+
+def test_the_guard_rolls_back_named_updates(tmp_path: Path) -> None:
+    """A NaN loss of one optimizer returns to the last checkpoint, and the run completes."""
+    guard = NonFiniteGuardConfig(then="rollback")()
+    save = SaveCheckpointConfig(every="2 steps")()
+    trainer = make_trainer([guard, save], Poisoned(), run_folder=tmp_path)
+    trainer()
+    assert guard.rollbacks == 1
+    assert trainer.progress.optimizer_steps == {"g": 7, "d": 7}
 
 
 @pytest.mark.parametrize(("name", "updates"), [(None, 7), ("g", 2)])

@@ -14,7 +14,7 @@ def test_two_ranks_equal_a_plain_loop(tmp_path: Path) -> None:
     """Both forms train like a plain loop that averages gradients, also resumed and with padding.
 
     Ranks start from different weights; a parameter is used on one rank only, another on none. A
-    model in DDP and a sharded model are refused.
+    model in DDP, a sharded model and unequal learning rates are refused.
     """
     launch(SCRIPT, tmp_path, "train")
     for rank in range(2):

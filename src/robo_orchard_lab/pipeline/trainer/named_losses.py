@@ -184,7 +184,12 @@ class NamedLosses:
             raise BatchProcessorError(
                 f"{self._place()} has a loss for {name!r:.60}, which is no optimizer; {hint}"
             )
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        # A loss without a graph is right if a hook has frozen all parameters of its optimizer.
+        if (
+            not isinstance(loss, torch.Tensor)
+            or loss.numel() != 1
+            or (not loss.requires_grad and trainable_parameters(known[name]))
+        ):
             found = type(loss).__name__
             if isinstance(loss, torch.Tensor):
                 graph = "" if loss.requires_grad else ", without a gradient"
