@@ -27,15 +27,8 @@ from robo_orchard_lab.pipeline import (
 )
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hooks import LogImagesConfig, MetricsLoggerConfig
-from robo_orchard_lab.pipeline.media import (
-    Media,
-    MediaError,
-    Report,
-    Table,
-    png,
-    read_index,
-    to_image,
-)
+from robo_orchard_lab.pipeline.media import Media, Report, Table, read_index
+from robo_orchard_lab.pipeline.pixels import MediaError, png, to_image
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.sinks import TrackerSink, TrackerSinkConfig
 from robo_orchard_lab.testing import assert_weights_unchanged, run_hook
@@ -193,10 +186,12 @@ def test_a_resumed_run_has_no_media_twice(tmp_path: Path) -> None:
     whole, stopped, saved = tmp_path / "whole", tmp_path / "stopped", tmp_path / "at 3"
     train(whole, [Reporter()], tensorboard=False)
 
-    def run(max_step: int, resume_from: Path | None = None) -> HookBasedTrainer:
-        loader = make_loader(6)
+    def run(
+        max_step: int, resume_from: Path | None = None, *, reports: bool = True
+    ) -> HookBasedTrainer:
+        loader, hooks = make_loader(6), [Reporter()] if reports else []
         options: dict[str, Any] = {"max_step": max_step, "resume_from": resume_from}
-        trainer = make_trainer([Reporter()], loader=loader, run_folder=stopped, **options)
+        trainer = make_trainer(hooks, loader=loader, run_folder=stopped, **options)
         trainer()
         return trainer
 
@@ -204,6 +199,8 @@ def test_a_resumed_run_has_no_media_twice(tmp_path: Path) -> None:
     run(5, saved)  # steps 4 and 5, which the next resume discards
     with (stopped / "media/index.jsonl").open("ab") as file:
         file.write(b'{"step": 4, "kind": "im')  # torn
+    run(4, saved, reports=False)
+    assert [entry["step"] for entry in read_index(stopped / "media/index.jsonl")] == [2] * 4
     run(6, saved)
     lines = (stopped / "media/index.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2] * 4 + [4] * 4 + [6] * 4
@@ -233,13 +230,15 @@ def test_bad_media_are_reported_once_and_training_continues(
         args.report.add_text("text", 5)  # type: ignore[arg-type]  # on purpose
         args.report.add_figure("figure", RED)
         args.report.add_video("video", torch.zeros(2, 4, 4, 3), fps=0)
+        args.report.add_text("half a pair", "\ud800")
         args.report.add_image("good", RED)
 
     with caplog.at_level(logging.ERROR):
         trainer = train(tmp_path, [hooks], tensorboard=False)
     assert trainer.progress.global_step_id == 6
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 6
+    assert len(messages) == 7
+    assert "UnicodeEncodeError" in messages[6]
     assert "'nan' at step 1 is dropped, and the training continues" in messages[0]
     assert "expected 1 values in each row, found 2" in messages[2]
     assert [entry["name"] for entry in read_index(tmp_path / "media/index.jsonl")] == ["good"] * 6

@@ -12,21 +12,19 @@ import json
 import logging
 import math
 import os
-import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_core.utils.untrusted_text import path_problem
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.pixels import MediaError, Pixels, png, render, to_frames, to_image
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file
 from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
@@ -34,11 +32,8 @@ from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 logger = logging.getLogger(__name__)
 
 MediaKind: TypeAlias = Literal["image", "video", "text", "table", "hyperparameters"]
-Pixels: TypeAlias = npt.NDArray[np.uint8]
 Hyperparameter: TypeAlias = bool | int | float | str
 
-_MAX_PIXELS = 1 << 26
-_TOLERANCE = 1e-3  # of values outside of [0, 1], such as after an interpolation
 _SUFFIX = {
     "image": "png",
     "video": "png",  # animated
@@ -46,10 +41,6 @@ _SUFFIX = {
     "table": "csv",
     "hyperparameters": "json",
 }
-
-
-class MediaError(ValueError):
-    """Object that can't be reported as the given kind of media."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +140,7 @@ class Report:
         self, name: str, figure: Any, caption: str | None = None, *, all_ranks: bool = False
     ) -> None:
         """Report a matplotlib figure as an image; the figure stays open."""
-        self._add("image", name, lambda: _render(figure), caption, all_ranks)
+        self._add("image", name, lambda: render(figure), caption, all_ranks)
 
     def add_text(
         self, name: str, text: str, caption: str | None = None, *, all_ranks: bool = False
@@ -226,12 +217,12 @@ class Report:
         self._receivers[name] = receiver
         for media in self._early or ():
             self._send(media, name, receiver)
-        return RemovableHandle(lambda: self._receivers.pop(name, None) and None)
+        return _removal(self._receivers, name)
 
     def attach_tracker(self, name: str, tracker: Any) -> RemovableHandle:
         """Make a live tracker known by its name."""
         self._trackers[name] = tracker
-        return RemovableHandle(lambda: self._trackers.pop(name, None) and None)
+        return _removal(self._trackers, name)
 
     def _add(
         self,
@@ -257,7 +248,7 @@ class Report:
             self.drop(f"{name!s:.100}", problem)
             return
         if self._files is not None:
-            self._files.write(media)
+            self._send(media, "the run folder", self._files.write)
         if self._early is not None and self._rank == 0:
             self._early.append(media)
         for owner, receiver in self._receivers.items():
@@ -268,6 +259,13 @@ class Report:
             receiver(media)
         except Exception as error:
             self.drop(f"{media.name} by {owner}", f"{type(error).__name__}: {error}")
+
+
+def _removal(registry: dict[str, Any], name: str) -> RemovableHandle:
+    def remove() -> None:
+        registry.pop(name, None)
+
+    return RemovableHandle(remove)
 
 
 class MediaFolder:
@@ -363,42 +361,7 @@ def _to_line(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
 
 
-# --- conversion ----------------------------------------------------------------------------------
-
-
-def to_image(value: Any) -> Pixels:
-    """Return an image as uint8 of shape (H, W, C); a batch becomes a grid.
-
-    >>> to_image(torch.ones(3, 4, 5)).shape
-    (4, 5, 3)
-
-    Raises:
-        MediaError: the dtype, the shape or a value is wrong.
-    """
-    pixels = _to_array(value)
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if pixels.ndim not in (3, 4):
-        raise MediaError(
-            f"expected an image of shape (H, W), (C, H, W) or (H, W, C), or a batch of images, "
-            f"found {tuple(np.shape(value))}"
-        )
-    pixels = _channels_last(pixels, is_tensor=isinstance(value, torch.Tensor))
-    return _grid(pixels) if pixels.ndim == 4 else pixels
-
-
-def to_frames(value: Any) -> Pixels:
-    """Return a video as uint8 of shape (T, H, W, C)."""
-    if isinstance(value, list | tuple):
-        value = np.stack([to_image(frame) for frame in value])
-    pixels = _to_array(value)
-    if pixels.ndim == 3:
-        pixels = pixels[..., None]
-    if pixels.ndim != 4:
-        raise MediaError(
-            f"expected frames of shape (T, C, H, W) or (T, H, W, C), found {tuple(np.shape(value))}"
-        )
-    return _channels_last(pixels, is_tensor=isinstance(value, torch.Tensor))
+# --- conversion and encoding ---------------------------------------------------------------------
 
 
 def to_table(rows: Any, columns: Sequence[str] | None) -> Table:
@@ -441,74 +404,6 @@ def _to_cell(value: Any) -> Hyperparameter | None:
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
-def _to_array(value: Any) -> Pixels:
-    """Return pixels as uint8, checked; copies a device tensor to the host."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-        value = (value.float() if value.is_floating_point() else value).cpu()  # a device sync
-    pixels = np.asarray(value)
-    if pixels.size == 0 or pixels.size > _MAX_PIXELS * 4:
-        raise MediaError(f"expected 1 to {_MAX_PIXELS} pixels, found the shape {pixels.shape}")
-    if pixels.dtype == np.uint8:
-        return pixels.copy()
-    if pixels.dtype == np.bool_:
-        return pixels.astype(np.uint8) * np.uint8(255)
-    if not np.issubdtype(pixels.dtype, np.floating):
-        raise MediaError(
-            f"expected uint8, bool, or floats from 0 to 1, found {pixels.dtype}; for values from 0 "
-            "to 255, pass image.to(torch.uint8)"
-        )
-    low, high = float(pixels.min()), float(pixels.max())  # NaN if a value is NaN
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise MediaError("expected finite values, found NaN or infinity in the image")
-    if low < -_TOLERANCE or high > 1 + _TOLERANCE:
-        raise MediaError(
-            f"expected floats from 0 to 1, found {low:.4g} to {high:.4g}; undo the normalization, "
-            "such as by (image - image.min()) / (image.max() - image.min())"
-        )
-    return (pixels.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def _channels_last(pixels: Pixels, *, is_tensor: bool) -> Pixels:
-    first, last = pixels.shape[-3] in (1, 3, 4), pixels.shape[-1] in (1, 3, 4)
-    if not (first or last):
-        raise MediaError(
-            f"expected 1, 3 or 4 channels, first or last, found the shape {pixels.shape}"
-        )
-    if first and (is_tensor or not last):
-        pixels = np.moveaxis(pixels, -3, -1)
-    return np.ascontiguousarray(pixels)
-
-
-def _grid(images: Pixels) -> Pixels:
-    """Return a batch as one image, row by row, with a border of two pixels between images."""
-    count, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = -(-count // columns)
-    grid = np.zeros((rows * (height + 2) - 2, columns * (width + 2) - 2, channels), np.uint8)
-    for number, image in enumerate(images):
-        top, left = number // columns * (height + 2), number % columns * (width + 2)
-        grid[top : top + height, left : left + width] = image
-    return grid
-
-
-def _render(figure: Any) -> Pixels:
-    canvas = getattr(figure, "canvas", None)
-    if canvas is None or not hasattr(figure, "savefig"):
-        raise MediaError(
-            f"expected a matplotlib figure, found {type(figure).__name__}; pass plt.gcf()"
-        )
-    if not hasattr(canvas, "buffer_rgba"):  # of another backend
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # type: ignore[import-not-found, unused-ignore]
-
-        canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3]
-
-
-# --- encoding ------------------------------------------------------------------------------------
-
-
 def encode(media: Media) -> bytes:
     """Return the contents of a record's file."""
     content = media.content
@@ -524,34 +419,3 @@ def encode(media: Media) -> bytes:
     if media.kind == "hyperparameters":
         return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
     return str(content).encode()
-
-
-def png(frames: Pixels, fps: float = 10.0) -> bytes:
-    """Encode frames of shape (T, H, W, C) as PNG, animated if there are several.
-
-    Every browser shows an animated PNG; other programs show its first frame.
-    """
-    count, height, width, channels = frames.shape
-    color = {1: 0, 3: 2, 4: 6}[channels]
-    chunks = [_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, color, 0, 0, 0))]
-    if count > 1:
-        chunks.append(_chunk(b"acTL", struct.pack(">II", count, 0)))
-    number = 0  # of the animation's chunks
-    for index, frame in enumerate(frames):
-        rows = frame.reshape(height, width * channels)
-        data = zlib.compress(np.insert(rows, 0, 0, axis=1).tobytes(), 4)  # filter 0: none
-        if count > 1:
-            delay = round(1000 / fps)
-            control = struct.pack(">IIIIIHHBB", number, width, height, 0, 0, delay, 1000, 0, 0)
-            chunks.append(_chunk(b"fcTL", control))
-            number += 1
-        if index == 0:
-            chunks.append(_chunk(b"IDAT", data))
-        else:
-            chunks.append(_chunk(b"fdAT", struct.pack(">I", number) + data))
-            number += 1
-    return b"".join([b"\x89PNG\r\n\x1a\n", *chunks, _chunk(b"IEND", b"")])
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

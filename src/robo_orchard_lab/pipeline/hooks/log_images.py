@@ -11,7 +11,7 @@ from pydantic import Field
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.media import MediaError
+from robo_orchard_lab.pipeline.pixels import MediaError
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
 
