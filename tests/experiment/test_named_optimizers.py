@@ -154,7 +154,7 @@ REFUSED: list[tuple[list[str], str, str, str]] = [
     (["--lr_scheduler.class_type", "torch.optim.lr_scheduler:ConstantLR"],
      "command line: --lr_scheduler.class_type", "lr_scheduler", "write first: {class_type: ...}"),
     (["--optimizer.class_type", "torch.optim:SGD"], "several.yaml:11", "lr_scheduler",
-     "expected one LR scheduler, without a name"),
+     "expected one LR scheduler, since its optimizer has no name"),
     (["--optimizer", "{class_type: torch.optim:SGD, g: {class_type: torch.optim:SGD}}"],
      "command line: --optimizer", "optimizer.g", "expected an optimizer or a mapping of names"),
 ]  # fmt: skip
@@ -360,6 +360,22 @@ def test_built_objects_have_the_names() -> None:
     run.trainer()
     assert run.trainer.progress.optimizer_steps == {"first": 6, "last": 6}
     assert run.lr_schedulers["last"].last_epoch == 3
+
+
+def make_sgd(params: Any, speed: float) -> torch.optim.SGD:
+    """Return an optimizer with an option of its own name."""
+    return torch.optim.SGD(params, lr=speed)
+
+
+def test_a_function_makes_an_optimizer_of_its_patterns() -> None:
+    """A function that returns an optimizer, named or not, gets the parameters of its patterns."""
+    made = f"{{func: '{__name__}:make_sgd', speed: 0.5, parameters: layers.2.*}}"
+    named = load(*TWO_LOSSES, "--optimizer.last", made)
+    one = load("--optimizer", made, "--lr_scheduler=null")
+    for experiment, name in ((named, "last"), (one, "")):
+        again = ExperimentConfig.from_dict(experiment.to_dict(), trust=__name__)
+        (group,) = again.build().optimizers[name].param_groups
+        assert (len(group["params"]), group["lr"]) == (2, 0.5)
 
 
 def test_passed_optimizers_replace_those_of_the_file() -> None:

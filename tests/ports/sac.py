@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from plain_ranks import autocast, average_gradients, rank_and_world_size
 from porting import State, logged
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
+    NamedSteps,
     PipelineHookArgs,
     PipelineHooks,
     SimpleBatchProcessor,
@@ -249,8 +249,9 @@ def train_plainly(folder: Path, precision: str = "no") -> State:
 class SAC(SimpleBatchProcessor):
     is_policy_due = True
 
-    def forward(self, model: Agent, batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
-        yield "critics", model.critics_loss(batch)
+    def forward(self, model: Agent, batch: Batch) -> NamedSteps:
+        if (yield "critics", model.critics_loss(batch)):
+            model.update_targets()
         for _ in range(POLICY_FREQUENCY if self.is_policy_due else 0):
             yield "actor", model.actor_loss(batch)
             yield "alpha", model.alpha_loss(batch)
@@ -261,16 +262,15 @@ class Rollouts(PipelineHooks):
 
     def __init__(self, agent: Agent, sac: SAC, rank: int) -> None:
         super().__init__()
-        self.agent, self.sac, self.experience = agent, sac, Experience(agent, rank)
+        self.sac, self.experience = sac, Experience(agent, rank)
         self.on_step.before(self.act)
-        self.on_step.after(self.finish_update)
+        self.on_step.after(self.publish_returns)
 
     def act(self, args: PipelineHookArgs) -> None:
         args.batch = self.experience.next_batch()
         self.sac.is_policy_due = args.global_step_id % POLICY_FREQUENCY == 0
 
-    def finish_update(self, args: PipelineHookArgs) -> None:
-        self.agent.update_targets()
+    def publish_returns(self, args: PipelineHookArgs) -> None:
         for value in self.experience.returns:
             args.metrics.publish("rollout/return", value)
         self.experience.returns.clear()

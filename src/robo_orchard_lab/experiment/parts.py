@@ -316,13 +316,22 @@ class ParameterGroup(Config):
         return dict(self.model_extra or {})
 
 
-class OptimizerConfig(ClassConfig[Any]):
+class OptimizerFields(Config):
     """Fields of every optimizer, in addition to its own parameters."""
 
     parameters: str | list[str] | None = Field(
         default=None,
         description="Patterns of the optimizer's parameters, such as 'generator.*'; null: all.",
     )
+
+
+class OptimizerFunctionConfig(OptimizerFields, CallableConfig[Any]):
+    """Fields of a function that returns an optimizer."""
+
+
+class OptimizerConfig(OptimizerFields, ClassConfig[Any]):
+    """Fields of a class of optimizers."""
+
     groups: dict[str, ParameterGroup] = Field(
         default={}, description="Parameter groups by name; the first match counts."
     )
@@ -382,6 +391,7 @@ def _is_auto(value: Any, declaration: Any) -> bool:
 STAND_INS += [_is_auto, is_from_data]
 CONFIG_BASES["torch.optim.optimizer:Optimizer"] = OptimizerConfig
 CONFIG_BASES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerConfig
+FUNCTION_BASES["torch.optim.optimizer:Optimizer"] = OptimizerFunctionConfig
 FUNCTION_BASES["torch.optim.lr_scheduler:LRScheduler"] = LRSchedulerFunctionConfig
 
 
@@ -512,7 +522,7 @@ def _check_optimizers(optimizer: Any, lr_scheduler: Any) -> None:
             )
         if isinstance(lr_scheduler, dict) and not are_named:
             raise ConfigFieldError(
-                "expected one LR scheduler, without a name like its optimizer, found a mapping of "
+                "expected one LR scheduler, since its optimizer has no name, found a mapping of "
                 "names; write class_type or func in it"
             )
         for name in (name for name in lr_scheduler if are_named and name not in optimizer):

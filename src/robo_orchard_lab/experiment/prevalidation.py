@@ -196,7 +196,7 @@ def _entry_problems(path: Path, value: Plain) -> Iterator[ConfigError]:
             advice = ""
             if path in OPTIMIZERS:
                 several = ", ".join(key for key in value if isinstance(value[key], dict))
-                advice = f"; these are named: {several}; write fields inside of each"
+                advice = f"; these are named: {several:.200}; write fields inside of each"
             problem = f"expected a mapping, found {describe(entry)}{advice}"
             yield ConfigFieldError(problem, (*path, name))
         elif incomplete is None and required.isdisjoint(entry):

@@ -44,6 +44,7 @@ from robo_orchard_lab.experiment.parts import (
     AUTO,
     LRSchedulerFields,
     OptimizerConfig,
+    OptimizerFields,
     ParameterGroup,
 )
 
@@ -265,7 +266,7 @@ class _ExperimentSchema(GenerateJsonSchema):
         self._expanded = cls
         around = self._admits_auto, self._admits_data
         self._admits_auto = issubclass(cls, LRSchedulerFields | CallableConfig)
-        self._admits_data = not issubclass(cls, LRSchedulerFields | OptimizerConfig)
+        self._admits_data = not issubclass(cls, LRSchedulerFields | OptimizerFields)
         schema = self.generate_inner(TypeAdapter(cls).core_schema)
         schema.pop("title", None)
         properties = {k: v for k, v in schema.get("properties", {}).items() if k not in given}
