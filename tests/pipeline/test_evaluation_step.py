@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,18 @@ def test_limit_uses_the_first_batches(kind: str) -> None:
     assert len(complete["seen"]) == 29
 
 
+def test_limit_ends_an_endless_stream() -> None:
+    """A loader without an end is evaluated up to its limit."""
+    endless = {"val": itertools.cycle(BATCHES)}
+
+    def step(model: Any, batch: Any) -> Any:
+        return None, {"size": len(batch[0])}
+
+    processor = SimpleBatchProcessor.from_callable(loss_of, evaluation_forward=step)
+    evaluator = Evaluator(torch.nn.Identity(), processor, endless, max_batches=3)
+    assert evaluator.evaluate() == {"val/size": (3 * 3 + 1 + 3 * 3) / 7}
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return the results of two processes."""
@@ -225,9 +238,18 @@ class TestOnTwoRanks:
         first, second = (rank["in_a_hook"] for rank in ranks)
         assert first["together"] == second["together"] == first["alone"]
         for rank in (first, second):
-            assert rank["calls"] == [["broadcast"], []]
+            assert rank["calls"] == ["broadcast"]
             assert rank["restored"]
             assert rank["trains"]
+
+    def test_sharded_model_is_sampled(self, ranks: list[dict[str, Any]]) -> None:
+        """All ranks have the outputs of the complete averaged model of the first rank."""
+        first, second = (rank["in_a_hook"]["sharded"] for rank in ranks)
+        torch.testing.assert_close(torch.tensor(first["sampled"]), torch.tensor(first["plain"]))
+        assert first["sampled"] == second["sampled"] != first["own"] == second["own"]
+        assert second["sampled"] != second["plain"]  # its own batch statistics
+        assert first["is_sharded"]
+        assert second["is_sharded"]
 
 
 class TestTrainer:

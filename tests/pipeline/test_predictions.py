@@ -100,6 +100,13 @@ def test_samples_may_differ_in_shape(tmp_path: Path) -> None:
         texts.save(tmp_path / "p.safetensors")
 
 
+def test_outputs_may_come_in_any_order() -> None:
+    """A mapping with another order of keys is the same."""
+    found = collect({"a": torch.zeros(2), "b": ["x", "y"]}, {"b": ["z"], "a": torch.ones(1)})
+    assert found.outputs["b"] == ["x", "y", "z"]
+    assert [float(value) for value in found.outputs["a"]] == [0.0, 0.0, 1.0]
+
+
 def test_parts_without_rows_are_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """A loss within the outputs is reported once."""
     collect(*({"x": torch.ones(n), "loss": torch.ones(())} for n in (2, 2, 1)))

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 from torchmetrics import MeanSquaredError, Metric, PearsonCorrCoef
@@ -409,6 +411,36 @@ def monitored(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str,
     return {"found": found, "values": values, "again": again, "averaged": logits.tolist()}
 
 
+def sample_sharded() -> dict[str, Any]:
+    """Train a sharded model, and sample from its averaged weights in a hook."""
+    model = make_normalised()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    found: dict[str, Any] = {}
+    sample = PipelineHooks("sample")
+
+    @sample.on_loop.after
+    def draw(args: PipelineHookArgs) -> None:
+        with args.evaluating() as own:
+            found["own"] = own(torch.ones(1, 4)).tolist()
+        with args.evaluating(weights="EMA") as averaged:
+            found["sampled"] = averaged(torch.ones(1, 4)).tolist()
+        found["is_sharded"] = all(hasattr(p, "to_local") for p in args.model.parameters())
+        plain = make_normalised().eval()
+        plain.load_state_dict(args.run.weight_set("EMA").weights())
+        found["plain"] = plain(torch.ones(1, 4)).tolist()
+
+    HookBasedTrainer(
+        Accelerator(cpu=True),
+        model,
+        make_evaluation_loader(40),
+        Classify(),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        hooks=[EMAConfig(decay=0.5), sample],
+        max_step=2,
+    )()
+    return found
+
+
 def in_a_hook(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str, Any]:
     """Sample on all ranks, and on the first rank alone, from a model with batch statistics."""
     plain = make_normalised()
@@ -426,12 +458,14 @@ def in_a_hook(accelerator: Accelerator, counter: CollectiveCounter) -> dict[str,
     if accelerator.is_main_process:
         with args.evaluating(rank_local=True) as own:
             alone = own(torch.ones(1, 4)).tolist()
+    calls += counter.take()
     return {
         "together": together,
         "alone": alone,
-        "calls": [calls, counter.take()],
+        "calls": calls,
         "restored": equal(before, buffers_of(plain)) and torch.equal(rng, torch.get_rng_state()),
         "trains": plain.training,
+        "sharded": sample_sharded(),
     }
 
 

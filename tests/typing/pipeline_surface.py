@@ -22,6 +22,7 @@ from robo_orchard_lab.pipeline.hooks.mixin import (
     PipelineHooks,
     PipelineHooksConfig,
 )
+from robo_orchard_lab.pipeline.predictions import Predictions
 from robo_orchard_lab.pipeline.trigger import EverySeconds, EverySteps, Last, Trigger
 from robo_orchard_lab.testing import (
     TracedCall,
@@ -150,6 +151,8 @@ def build(model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
     trainer.hooks += MyHookConfig()
     assert_type(trainer.hooks, PipelineHooks)
     trainer()
+    assert_type(trainer.evaluate({"val": []}, weights={"ema": "EMA"}), dict[str, float])
+    assert_type(trainer.predict([], weights="EMA"), Predictions)
 
 
 def dispatch(channel: HookContextChannel[str]) -> None:

@@ -619,9 +619,8 @@ class _MeanLosses:
         for name, row in zip(names, rows.tolist(), strict=True):
             totals[name] = [*map(sum, zip(totals.get(name, (0.0, 0.0)), row, strict=True))]
         self.seen = list(totals)
-        values = {f"{self._prefix}{n}": total / w for n, (total, w) in totals.items() if w}
-        self._names = list(values)
-        return values
+        self._names = [f"{self._prefix}{name}" for name in totals]
+        return {f"{self._prefix}{n}": total / w for n, (total, w) in totals.items() if w}
 
 
 class _JoinedMetrics:

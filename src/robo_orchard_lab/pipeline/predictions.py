@@ -115,7 +115,7 @@ class Predictions:
         samples, indices, names, lists = json.loads(rows.label)
         first = len(self.indices)
         self.indices += range(first, first + samples) if indices is None else indices
-        if first and names != [*self._columns]:
+        if first and {*names} != {*self._columns}:
             raise BatchProcessorError(
                 f"{self._source} returned outputs that differ between batches: expected "
                 f"{', '.join(self._columns)}, found {', '.join(names)}; return the same outputs "
