@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 import torchmetrics
 from accelerate import Accelerator
+from pytorch_lightning.demos.boring_classes import BoringModel
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau, StepLR
 
 from launching import SCRIPTS, launch
@@ -22,6 +23,7 @@ from robo_orchard_lab.pipeline.errors import (
     BatchProcessorError,
     PipelineConfigError,
     PipelineStateError,
+    UnknownMetricError,
 )
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import (
@@ -35,6 +37,10 @@ from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig, read_metrics
 from tiny import equal, make_loader, make_model, weights
 
 LightningModule: Any = pl.LightningModule  # its methods return unions of types
+
+
+class DemoModule(BoringModel):
+    """Module that inherits its steps."""
 
 
 class Regression(LightningModule):  # type: ignore[misc]  # of any type
@@ -64,7 +70,9 @@ class Regression(LightningModule):  # type: ignore[misc]  # of any type
         return self.configure(self)
 
 
-def train_by_lightning(module: Any, epochs: int = 3, rest: int = 0, **options: Any) -> Any:
+def train_by_lightning(
+    module: Any, epochs: int = 3, rest: int = 0, loader: Any = None, **options: Any
+) -> Any:
     """Train in Lightning's Trainer, and return the trainer."""
     settings = {
         "logger": False,
@@ -78,7 +86,7 @@ def train_by_lightning(module: Any, epochs: int = 3, rest: int = 0, **options: A
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own, such as of torch's deprecations
         trainer = pl.Trainer(max_epochs=epochs, **settings)
-        trainer.fit(module, make_loader(rest=rest), make_loader(3, rest=rest))
+        trainer.fit(module, loader or make_loader(rest=rest), make_loader(3, rest=rest))
     return trainer
 
 
@@ -307,6 +315,26 @@ class OfTrainer(Regression):
         return [optimizer], [StepLR(optimizer, total)]
 
 
+def test_a_subclass_of_another_package_trains() -> None:
+    """A module that inherits its steps, also from one of Lightning's demos, is accepted."""
+    module, reference = DemoModule(), DemoModule()
+    module.load_state_dict(reference.state_dict())
+    loader = module.train_dataloader()
+    adapter = LightningModuleProcessor(module)
+    accelerator = Accelerator(cpu=True)
+    HookBasedTrainer(
+        accelerator,
+        module,
+        loader,
+        adapter,
+        **adapter.optimizers(),
+        hooks=[adapter.hooks()],
+        max_epoch=1,
+    )()
+    train_by_lightning(reference, epochs=1, loader=loader, limit_val_batches=0)
+    assert equal(weights(module), weights(reference))
+
+
 def test_a_module_reads_its_trainer_and_stops_the_run() -> None:
     """Counters, limits and ranks are known as ``self.trainer``; ``should_stop`` ends the run."""
     module = OfTrainer()
@@ -521,6 +549,39 @@ def test_hooks_of_another_adapter_are_refused() -> None:
         train([])
 
 
+def test_another_model_is_refused() -> None:
+    """The trainer's model is the adapter's module itself, not compiled as a whole."""
+    module = Regression()
+    adapter = LightningModuleProcessor(module)
+    compiled: Any = torch.compile(module, backend="eager")
+    for model, found in ((Regression(), "Regression"), (compiled, "OptimizedModule")):
+        parameters = model.parameters()
+        trainer = HookBasedTrainer(
+            Accelerator(cpu=True),
+            model,
+            make_loader(),
+            adapter,
+            torch.optim.SGD(parameters, lr=0.1),
+            hooks=[adapter.hooks()],
+            max_epoch=1,
+        )
+        with pytest.raises(PipelineConfigError, match=f"found another {found}; pass the module"):
+            trainer()
+
+
+def test_an_unknown_value_to_monitor_is_refused_before_the_first_step() -> None:
+    """A name that ``validation_step`` does not log is an error that lists the logged names."""
+
+    def configure(module: Any) -> Any:
+        return with_plateau(module) | {"monitor": "val_accuracy"}
+
+    module = Regression(configure)
+    trainer = make_trainer(module)
+    with pytest.raises(UnknownMetricError, match=r"eval/val/val_accuracy.*eval/val/val_loss"):
+        trainer()
+    assert trainer.progress.global_step_id == 0
+
+
 class Adversarial(LightningModule):  # type: ignore[misc]  # of any type
     """GAN with two optimizers and LR schedulers by manual optimization."""
 
@@ -545,15 +606,14 @@ class Adversarial(LightningModule):  # type: ignore[misc]  # of any type
         bce = torch.nn.functional.binary_cross_entropy_with_logits
         ones, zeros = torch.ones(len(real), 1), torch.zeros(len(real), 1)
 
-        self.toggle_optimizer(d)
-        d.zero_grad()
-        of_real = bce(self.d(real), ones)
-        self.manual_backward(of_real)  # two backward passes for one update, as in dcgan
-        of_fake = bce(self.d(self.g(noise).detach()), zeros)
-        self.manual_backward(of_fake)
-        self.clip_gradients(d, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
-        d.step()
-        self.untoggle_optimizer(d)
+        with d.toggle_model():
+            d.zero_grad()
+            of_real = bce(self.d(real), ones)
+            self.manual_backward(of_real)  # two backward passes for one update, as in dcgan
+            of_fake = bce(self.d(self.g(noise).detach()), zeros)
+            self.manual_backward(of_fake)
+            self.clip_gradients(d, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+            d.step()
 
         if batch_idx % 2 == 0:  # accumulates over two batches without toggling
             g.zero_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -32,7 +32,8 @@ class LightningModuleHooks(PipelineHooks):
         adapter: a ``LightningModuleProcessor``.
     """
 
-    published_metrics = ("*",)
+    # Any name but eval/..., which the evaluation itself declares.
+    published_metrics = ("[!e]*", "e[!v]*", "ev[!a]*", "eva[!l]*", "eval[!/]*", "e", "ev", "eva")
 
     def __init__(self, adapter: Any) -> None:
         super().__init__()
@@ -56,6 +57,7 @@ class LightningModuleHooks(PipelineHooks):
         call, overrides = adapter.call, adapter.overrides
         self._call = call
         self._changes_batch = overrides("on_after_batch_transfer", "on_train_batch_start")
+        self.on_loop.before(self._check_model)
         if adapter.is_manual:
             self.on_loop.before(self._check_manual)
         self.register_hook("on_loop", HookContext.from_callable(self._begin_loop, self._end_loop))
@@ -117,14 +119,25 @@ class LightningModuleHooks(PipelineHooks):
     # --- training -----------------------------------------------------------------------------
 
     def _begin_loop(self, args: PipelineHookArgs) -> None:
-        if args.batch_processor is not self._adapter:
-            raise PipelineConfigError(
-                f"{self.name}: expected their LightningModuleProcessor as the trainer's batch "
-                f"processor, found another {type(args.batch_processor).__name__}"
-            )
         self._run, self.epoch = args.run, args.epoch_id
         self._call("on_fit_start")
         self._call("on_train_start")
+
+    def _check_model(self, args: PipelineHookArgs) -> None:
+        """Refuse another batch processor or model than the adapter's, and a compiled model."""
+        processor, module = cast(Any, args.batch_processor), self._adapter.module
+        if processor is not self._adapter:
+            raise PipelineConfigError(
+                f"{self.name}: expected their LightningModuleProcessor as the trainer's batch "
+                f"processor, found another {type(processor).__name__}"
+            )
+        model = args.accelerator.unwrap_model(args.model, keep_torch_compile=True)
+        if model is not module:
+            raise PipelineConfigError(
+                f"{self.name}: expected the adapter's own {type(module).__name__} as the trainer's "
+                f"model, found another {type(model).__name__}; pass the module, and compile its "
+                "parts, as by self.net = torch.compile(self.net)"
+            )
 
     def _check_manual(self, args: PipelineHookArgs) -> None:
         """Refuse accumulation and gradient scaling, which are the module's."""

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 
-_PACKAGES = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
+_PACKAGES = frozenset({"lightning", "pytorch_lightning"})
 _STEP, _EPOCH = (True, False), (False, True)
 HOOKS: dict[str, tuple[bool, bool] | None] = {
     "setup": None,
@@ -65,8 +65,12 @@ _REMEDIES = {
 
 
 def lightning_bases(module: object) -> list[type]:
-    """Return the classes of Lightning that the object is an instance of."""
-    return [cls for cls in type(module).__mro__ if cls.__module__.partition(".")[0] in _PACKAGES]
+    """Return LightningModule and its own bases, if the object is an instance of it."""
+    bases = list(type(module).__mro__)
+    for index, cls in enumerate(bases):
+        if cls.__name__ == "LightningModule" and cls.__module__.partition(".")[0] in _PACKAGES:
+            return bases[index:]
+    return []
 
 
 def is_overridden(module: object, name: str) -> bool:
@@ -82,7 +86,7 @@ def check_module(module: Any, left_out: Collection[str]) -> None:
         PipelineConfigError: the message states a remedy.
     """
     who, bases = type(module).__name__, lightning_bases(module)
-    if not any(cls.__name__ == "LightningModule" for cls in bases):
+    if not bases:
         raise PipelineConfigError(
             f"module: expected a LightningModule, found a {who}; for another module, subclass "
             "SimpleBatchProcessor"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -183,7 +184,8 @@ class LightningModuleProcessor(SimpleBatchProcessor):
         if not isinstance(loss, torch.Tensor):
             raise BatchProcessorError(
                 f"{type(self.module).__name__}.training_step must return a loss, or a mapping with "
-                f"'loss', got {output!r:.80}; to leave out a batch, return a loss of 0"
+                f"'loss', got {output!r:.80}; to leave out a batch, call args.skip_batch(...) in a "
+                "hook"
             )
         return output, loss
 
@@ -413,6 +415,16 @@ class _ManualOptimizer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
+
+    @contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
+        """Compute gradients of this optimizer's parameters only."""
+        module = self._adapter.module
+        module.toggle_optimizer(self)
+        try:
+            yield
+        finally:
+            module.untoggle_optimizer(self)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Make an update; ``closure`` computes the gradients before."""
