@@ -81,7 +81,7 @@ class TrainerProgress:
     """Number of committed weight updates."""
     skipped_optimizer_steps: int = 0
     """Number of updates that were due and not committed, such as after an fp16 overflow."""
-    optimizer_steps: dict[str, int] = field(default_factory=dict, init=False)
+    optimizer_steps: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     """With several optimizers: number of committed updates by name. :attr:`optimizer_step_id` then
     counts the accumulation boundaries with a committed update."""
     skipped_batches: int = field(default=0, init=False, compare=False, repr=False)

@@ -33,9 +33,12 @@ def test_assignable_fields_are_declared() -> None:
     """Exactly the documented fields are assignable; an unknown field is an error."""
     assert {name for name in NAMES if name not in READ_ONLY} - ASSIGNABLE == {
         "allow_skip_batch",
+        "begin_entry",
         "channels_of",
+        "evaluating",
         "failing",
         "is_assignable",
+        "metric_name",
         "skip_batch",
     }
     assert all(PipelineHookArgs.is_assignable(name) for name in ASSIGNABLE)

@@ -762,6 +762,12 @@ def test_wrong_optimizers_are_refused(
         make_trainer(model=model, optimizer=optimizers(model), **options)
 
 
+def test_several_optimizers_need_a_backward_pass() -> None:
+    """A processor without a backward pass is refused."""
+    with pytest.raises(PipelineConfigError, match="need_backward=True for several"):
+        make_trainer(processor=GAN(need_backward=False))
+
+
 def test_an_lr_scheduler_of_another_optimizer_is_refused() -> None:
     """Each LR scheduler must belong to the optimizer of its name."""
     model = make_model()

@@ -81,6 +81,11 @@ class NamedLosses:
         self._committed: bool | None = None  # the result of a yield
         self._is_replicated = run.accelerator.num_processes > 1
         self._own_forward = getattr(run.batch_processor, "forward_with_updates", None)
+        if self._own_forward is not None and run.scalers:
+            raise PipelineConfigError(
+                f"mixed_precision='fp16': {type(run.batch_processor).__name__} makes its updates "
+                "itself, and its losses are not scaled; use Accelerator(mixed_precision='bf16')"
+            )
         self._args = PipelineHookArgs(run)  # of the step, for the processor's own updates
 
     def run_batch(self, args: PipelineHookArgs) -> None:
@@ -339,15 +344,16 @@ def _average(parameters: Sequence[torch.nn.Parameter]) -> None:
                 "several optimizers on several ranks don't support sparse gradients; use "
                 "Embedding(sparse=False)"
             )
-        has_gradient = torch.tensor([p.grad is not None for p in group], dtype=dtype, device=device)
+        missing = [index for index, p in enumerate(group) if p.grad is None]
+        has_gradient = torch.ones(len(group), dtype=dtype, device=device)
+        has_gradient[missing] = 0
         flat = torch.cat([has_gradient, *(gradient.reshape(-1) for gradient in gradients)])
         torch.distributed.all_reduce(flat)  # a collective
-        is_missing = any(p.grad is None for p in group)
-        counts = flat[: len(group)].tolist() if is_missing else []  # a device sync
+        counts = flat[: len(group)].tolist() if missing else []  # a device sync
         flat.div_(torch.distributed.get_world_size())
         sizes = [len(group), *(gradient.numel() for gradient in gradients)]
         means = [part.view_as(p) for part, p in zip(flat.split(sizes)[1:], group, strict=True)]
         copy_all(gradients, means)
-        for index, (parameter, gradient) in enumerate(zip(group, gradients, strict=True)):
-            if parameter.grad is None and counts[index]:
-                parameter.grad = gradient
+        for index in missing:
+            if counts[index]:
+                group[index].grad = gradients[index]

@@ -94,6 +94,11 @@ def check_objects(
             f"{batch_processor!r:.80}; create an instance of a SimpleBatchProcessor, or wrap a "
             "function with SimpleBatchProcessor.from_callable(...)"
         )
+    if isinstance(optimizer, Mapping) and not batch_processor.need_backward:
+        raise PipelineConfigError(
+            "optimizer: expected a batch processor with need_backward=True for several "
+            "optimizers, found False; leave out the optimizers, or set need_backward"
+        )
     if batch_processor.need_backward and optimizer is None:
         raise PipelineConfigError(
             "the batch processor needs a backward pass, so the trainer needs an optimizer; "
