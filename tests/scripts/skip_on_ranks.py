@@ -22,16 +22,21 @@ RUNS: dict[str, tuple[int, set[tuple[int, int]]]] = {
     "an entire window": (2, {(0, 2), (0, 3), (1, 2), (1, 3), (1, 4)}),
 }
 STEPS = 6
+ZERO = "zero weights"
+"""Run whose losses have the weight 0 in step 1, which rank 1 skips: the update is made."""
+RUNS[ZERO] = (1, {(1, 1)})
 
 
 class Skipper(PipelineHooks):
     def __init__(self, rank: int, skips: set[tuple[int, int]], allow: bool) -> None:
         super().__init__()
         self.rank, self.skips, self.has_computed = rank, skips, False
+        self.step = 0
         self.on_loop.before(lambda args: args.allow_skip_batch() if allow else None)
         self.on_batch.before(self.skip)
 
     def skip(self, args: PipelineHookArgs) -> None:
+        self.step = args.global_step_id
         if (self.rank, args.global_step_id) in self.skips:
             if self.has_computed:
                 args.batch = None  # not to be computed with
@@ -41,18 +46,30 @@ class Skipper(PipelineHooks):
 
 
 def train(
-    accumulate: int, skips: set[tuple[int, int]], file: Path, allow: bool = True, **options: Any
+    accumulate: int,
+    skips: set[tuple[int, int]],
+    file: Path,
+    allow: bool = True,
+    weighted: bool = False,
+    **options: Any,
 ) -> tuple[HookBasedTrainer, torch.nn.Module]:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
     model = make_model()
     logger = MetricsLoggerConfig(every="100 steps", sinks=[JsonLinesSinkConfig(path=str(file))])
+    hook = Skipper(accelerator.process_index, skips, allow)
+
+    def forward(module: Any, batch: Any) -> Any:
+        return (
+            (*loss_of(module, batch), float(hook.step != 1)) if weighted else loss_of(module, batch)
+        )
+
     trainer = HookBasedTrainer(
         accelerator,
         model,
         make_loader(2 * STEPS, 2),
-        SimpleBatchProcessor.from_callable(loss_of),
+        SimpleBatchProcessor.from_callable(forward),
         torch.optim.SGD(model.parameters(), lr=0.1),
-        hooks=[Skipper(accelerator.process_index, skips, allow), logger],
+        hooks=[hook, logger],
         **options,
     )
     return trainer, model
@@ -94,24 +111,27 @@ def main() -> None:
     found = {}
     for name, (accumulate, skips) in RUNS.items():
         file = folder / f"{name}.jsonl"
-        trainer, model = train(accumulate, skips, file, max_epoch=1)
+        weighted = name == ZERO
+        trainer, model = train(accumulate, skips, file, weighted=weighted, max_epoch=1)
         trainer()
-        expected, expected_updates = plain(accumulate, skips)
-        first, _ = train(accumulate, skips, folder / "other", max_epoch=1)
+        others = {*skips, (0, 1)} if weighted else skips
+        expected, expected_updates = plain(accumulate, others)
+        options: dict[str, Any] = {"weighted": weighted, "max_epoch": 1}
+        first, _ = train(accumulate, skips, folder / "other", **options)
         first.hooks.on_step.after(
             lambda args: args.global_step_id == 2 and args.requests.stop("stopped")
         )
         first()
         first.save_checkpoint(folder / name)
         resumed, again = train(
-            accumulate, skips, folder / "other", max_epoch=1, resume_from=folder / name
+            accumulate, skips, folder / "other", resume_from=folder / name, **options
         )
         resumed()
         found[name] = {
             "weights": weights(model),
             "expected": expected,
             "updates": trainer.progress.optimizer_step_id,
-            "expected_updates": expected_updates,
+            "expected_updates": expected_updates + weighted,
             "skipped": trainer.progress.skipped_batches,
             "logged": 0 if rank else logged(file),
             "resumed": weights(again),

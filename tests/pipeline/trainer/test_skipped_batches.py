@@ -232,7 +232,7 @@ def test_ranks_train_on_the_other_samples(tmp_path: Path) -> None:
         assert equal(run["weights"], results[1][name]["weights"]), name
         for ours, theirs in zip(run["weights"], run["expected"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=name)
-        assert run["updates"] == results[1][name]["updates"] == run["expected_updates"]
+        assert run["updates"] == results[1][name]["updates"] == run["expected_updates"], name
         assert run["logged"] == run["skipped"] + results[1][name]["skipped"]
         assert equal(run["resumed"], run["weights"]), name
     assert results[0]["alone"]["skipped"] != results[1]["alone"]["skipped"]
@@ -240,7 +240,10 @@ def test_ranks_train_on_the_other_samples(tmp_path: Path) -> None:
 
 def test_ranks_that_did_not_allow_skips_get_an_error(tmp_path: Path) -> None:
     """Without allow_skip_batch on every rank, the job fails with a message, and doesn't hang."""
-    for mode, message in (("nobody", "call args.allow_skip_batch()"), ("one", "loss weights")):
+    for mode, message in (
+        ("nobody", "call args.allow_skip_batch()"),
+        ("one", "loss weights"),
+    ):
         run = launch(
             SCRIPTS / "skip_on_ranks.py", tmp_path, mode, processes=2, fails=True, timeout_s=60
         )

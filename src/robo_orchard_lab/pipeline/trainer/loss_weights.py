@@ -48,7 +48,9 @@ class LossWeights:
         self.are_used: bool | None = None
         """True if losses come with weights; None before the first step."""
         self.uses_samples = False
-        """True to weight losses without a weight by their samples."""
+        """True if single ranks may skip batches: samples are the weights of other losses."""
+        self._has_batch = False  # in the open window of this rank, not skipped
+        self._batches: torch.Tensor | None = None
         self._has_met = False
         self._reference: torch.Tensor | None = None
         self._total: torch.Tensor | None = None
@@ -61,8 +63,10 @@ class LossWeights:
             BatchProcessorError: the result is not ``(outputs, loss, weight)``, or the engine
                 divides losses.
         """
-        if self.uses_samples and isinstance(result, (tuple, list)) and len(result) == 2:
-            result = (*result, args.batch_size)
+        if self.uses_samples:
+            self._has_batch |= not args.is_padding_step
+            if isinstance(result, (tuple, list)) and len(result) == 2:
+                result = (*result, args.batch_size)
         if not isinstance(result, (tuple, list)) or len(result) != 3:
             raise wrong_result(args, type(result).__name__)
         args.model_outputs, loss, weight = result
@@ -116,11 +120,21 @@ class LossWeights:
         assert total is not None  # a micro-batch was added
         assert self._reference is not None
         if self._ranks > 1:
-            total = total.clone()
-            torch.distributed.all_reduce(total)  # a collective
+            has_batch = self._has_batch or not self.uses_samples
+            values = torch.stack([total, total.new_tensor(float(has_batch))])
+            torch.distributed.all_reduce(values)  # a collective
+            total, self._batches = values
         factor = torch.where(total > 0, self._reference * self._ranks / total, 0.0)
         scale_gradients(self._parameters(), factor)
         return LossWeighting(self._reference, factor)
+
+    def is_window_empty(self) -> bool:
+        """Return True if all ranks skipped all batches of the window that has ended.
+
+        A rank with a batch knows that it is not; others sync the device.
+        """
+        has_batch, self._has_batch = self._has_batch, False
+        return not has_batch and self._batches is not None and not self._batches.item()
 
     schema = StateSchema(total=Scalar | None, reference=Scalar | None, ranks=Count)
 
@@ -141,6 +155,7 @@ class LossWeights:
         """Restore the open window."""
         total, reference = state["total"], state["reference"]
         self._total = None if total is None else total.to(device)
+        self._has_batch = total is not None and bool(total)
         self._reference = None if reference is None else reference.to(device)
 
     def _agreed_reference(self, weight: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,6 @@ class SkippedBatches:
         self.are_joint = False
         """True on several ranks if a hook may skip batches."""
         self._spare: Any = None  # newest batch that was not skipped, for padding steps
-        self._window_counts = False  # True if the open window of this rank has such a batch
         self._reported: set[str] = set()
 
     def begin_loop(self) -> None:
@@ -116,18 +115,11 @@ class SkippedBatches:
             args._loss_weighting = LossWeighting(torch.ones_like(factor), factor)
 
     def end_joint_step(self, args: PipelineHookArgs) -> None:
-        """End a step on several ranks; at the end of a window, drop an update without samples.
-
-        A rank without samples in its window reads their total on all ranks, a device sync; the
-        total is 0 on all ranks or on none.
-        """
+        """End a step on several ranks; drop the update of a window without a batch."""
         if not args.is_padding_step:
-            self._spare, self._window_counts = args.batch, True
-        if args.at_accumulation_boundary:
-            counts, self._window_counts = self._window_counts, False
-            weighting = args.loss_weighting
-            if not counts and weighting is not None and not weighting.gradient_factor.item():
-                self._drop_update(args)
+            self._spare = args.batch
+        if args.at_accumulation_boundary and self._loss_weights.is_window_empty():
+            self._drop_update(args)
 
     def _drop_update(self, args: PipelineHookArgs) -> None:
         self._zero_grad()
