@@ -34,6 +34,7 @@ from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 EPOCHS, BATCH, HORIZON, WARMUP = 5, 8, 4, 3
 
 Batch = dict[str, torch.Tensor]
+Limits = dict[str, list[list[float]]]
 
 
 class Demonstrations(Dataset[Batch]):
@@ -46,6 +47,15 @@ class Demonstrations(Dataset[Batch]):
         self.actions = goals * time**2
         self.observations = torch.cat([self.actions, goals.expand_as(self.actions)], dim=-1)
         self.windows = [(episode, t) for episode in range(episodes) for t in range(length)]
+
+    @property
+    def limits(self) -> Limits:
+        """Lowest and highest values by name, for the normalizers."""
+        data = {"obs": self.observations, "action": self.actions}
+        return {
+            name: [values.amin((0, 1)).tolist(), values.amax((0, 1)).tolist()]
+            for name, values in data.items()
+        }
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -62,14 +72,10 @@ class Normalizer(nn.Module):
     low: torch.Tensor
     high: torch.Tensor
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, low: list[float], high: list[float]) -> None:
         super().__init__()
-        self.register_buffer("low", torch.zeros(size))
-        self.register_buffer("high", torch.ones(size))
-
-    def fit(self, values: torch.Tensor) -> None:
-        self.low.copy_(values.flatten(0, -2).amin(0))
-        self.high.copy_(values.flatten(0, -2).amax(0))
+        self.register_buffer("low", torch.tensor(low))
+        self.register_buffer("high", torch.tensor(high))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return 2 * (values - self.low) / (self.high - self.low) - 1
@@ -81,9 +87,11 @@ class Normalizer(nn.Module):
 class DiffusionPolicy(nn.Module):
     signal: torch.Tensor
 
-    def __init__(self, observations: int = 4, actions: int = 2, width: int = 32) -> None:
+    def __init__(self, limits: Limits, width: int = 32) -> None:
         super().__init__()
-        self.obs_normalizer, self.action_normalizer = Normalizer(observations), Normalizer(actions)
+        self.obs_normalizer = Normalizer(*limits["obs"])
+        self.action_normalizer = Normalizer(*limits["action"])
+        observations, actions = len(limits["obs"][0]), len(limits["action"][0])
         self.shape = HORIZON, actions
         self.step_embedding = nn.Embedding(10, width)
         self.input = nn.Linear(observations + HORIZON * actions, width)
@@ -120,12 +128,8 @@ class DiffusionPolicy(nn.Module):
         return self.action_normalizer.invert(actions)
 
 
-def fitted_policy(episodes: int = 3, seed: int = 1) -> DiffusionPolicy:
-    """Return a policy with the range of the demonstrations."""
-    policy, demonstrations = DiffusionPolicy(), Demonstrations(episodes, seed)
-    policy.obs_normalizer.fit(demonstrations.observations)
-    policy.action_normalizer.fit(demonstrations.actions)
-    return policy
+def make_policy() -> DiffusionPolicy:
+    return DiffusionPolicy(Demonstrations(episodes=3, seed=1).limits)
 
 
 def loaders() -> tuple[DataLoader[Batch], DataLoader[Batch]]:
@@ -178,7 +182,7 @@ def action_error(policy: DiffusionPolicy, batches: DataLoader[Batch]) -> float:
 
 def train_plainly(folder: Path) -> State:
     torch.manual_seed(0)
-    policy = fitted_policy()
+    policy = make_policy()
     average = AveragedPolicy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=1e-6)
     train, unseen = loaders()
@@ -242,7 +246,7 @@ class Denoising(SimpleBatchProcessor):
 
 def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
     torch.manual_seed(0)
-    policy = fitted_policy()
+    policy = make_policy()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, weight_decay=1e-6)
     train, unseen = loaders()
     log = JsonLinesSinkConfig(path=str(run_folder / "log.jsonl"))
