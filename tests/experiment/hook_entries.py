@@ -107,7 +107,7 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
             "max_quarantined": 1,
             "sample_ids": 2,
         },
-        {"read": "one update late", "sample_ids": "index"},
+        {"read": "one update late", "sample_ids": "index", "optimizers": ["d"]},
     ],
     "Preemption": [{"signals": ["SIGTERM"], "exit_code": 75, "save_checkpoint": False}],
     "ProgressBarHook": [{"metrics": ["grad_norm"], "refresh_seconds": 0.25, "plain": True}],

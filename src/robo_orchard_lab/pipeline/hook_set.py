@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Generic, Self, TypeAlias, TypeVar, overload
 
@@ -544,6 +544,19 @@ class PipelineHooksConfig(ClassConfig[HooksT_co], Generic[HooksT_co]):
     @classmethod
     def remedy_for(cls, name: str, value: Any, form: Form) -> str:
         return foreign_remedy("hook", name, value, form)
+
+
+def for_optimizers(names: Collection[str] | None, hook: HookFunction) -> HookFunction:
+    """Return a hook function for the entries of named optimizers only; None keeps the function."""
+    if names is None:
+        return hook
+
+    @functools.wraps(hook)
+    def run(args: PipelineHookArgs) -> None:
+        if args.optimizer_name in names:
+            hook(args)
+
+    return run
 
 
 HookLike: TypeAlias = "PipelineHooks | PipelineHooksConfig[PipelineHooks]"

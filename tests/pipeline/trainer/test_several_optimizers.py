@@ -577,6 +577,16 @@ def test_the_guard_skips_the_update_of_one_optimizer() -> None:
         failing()
 
 
+def test_guards_can_differ_by_optimizer() -> None:
+    """A guard for the generator ignores a NaN loss of the critic, which another guard skips."""
+    only_g = NonFiniteGuardConfig(optimizers=["g"])()
+    only_g.name = "raise"
+    skip_d = NonFiniteGuardConfig(policy="skip", optimizers=["d"])()
+    trainer = make_trainer([only_g, skip_d], Poisoned())
+    trainer()
+    assert trainer.progress.optimizer_steps == {"g": 7, "d": 6}
+
+
 @pytest.mark.parametrize("read", ["one update late", "at logging points"])
 def test_the_guard_finds_bad_updates_later(read: Any) -> None:
     """Checks after the update find a NaN loss of one optimizer as well."""
@@ -865,6 +875,7 @@ def test_losses_that_share_a_graph_name_the_remedy() -> None:
     [
         (GradientClippingHookConfig(max_norm=1.0, optimizers=["x"]), "optimizers.0: no optimizer"),
         (EMAConfig(optimizer="x"), "EMA.optimizer: no optimizer is named 'x'; optimizers: g, d"),
+        (NonFiniteGuardConfig(optimizers=["x"]), "NonFiniteGuard.optimizers.0: no optimizer is"),
         (NonFiniteGuardConfig(quarantine=Path("q")), "quarantine needs a trainer with one"),
     ],
 )

@@ -12,7 +12,7 @@ from robo_orchard_lab.pipeline.gradient_norm import (
     clip_gradients,
     gradient_norm,
 )
-from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig, for_optimizers
 
 
 class GradientClippingHook(PipelineHooks):
@@ -32,7 +32,7 @@ class GradientClippingHook(PipelineHooks):
     def __init__(self, cfg: GradientClippingHookConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.on_optimizer_step.before(self._clip)
+        self.on_optimizer_step.before(for_optimizers(cfg.optimizers, self._clip))
         if cfg.optimizers is not None:
             self.on_loop.before(self._check_names)
 
@@ -42,8 +42,6 @@ class GradientClippingHook(PipelineHooks):
 
     def _clip(self, args: PipelineHookArgs) -> None:
         cfg = self.cfg
-        if cfg.optimizers is not None and args.optimizer_name not in cfg.optimizers:
-            return
         if cfg.max_norm is not None:
             norm = clip_gradients(args, cfg.max_norm, cfg.norm_type)
         else:

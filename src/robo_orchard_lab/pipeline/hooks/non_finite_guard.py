@@ -18,7 +18,7 @@ from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
-from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig, for_optimizers
 from robo_orchard_lab.pipeline.hooks.finite_checks import (
     FLAG,
     DelayedRead,
@@ -158,8 +158,10 @@ class NonFiniteGuard(PipelineHooks):
             self.on_step.before(lambda args: self._logging_check.raise_if_flagged())
         if self._recorder is not None or self._buffers is not None:
             self.on_model_forward.before(self._before_forward)
-        self.on_model_backward.before(self._before_backward)
-        self.register_hook("on_optimizer_step", on(before=check, after=self._after_update))
+        own = partial(for_optimizers, cfg.optimizers)
+        self.on_model_backward.before(own(self._before_backward))
+        around = on(before=own(check), after=own(self._after_update))
+        self.register_hook("on_optimizer_step", around)
         if cfg.then == "rollback":  # when all savers have begun the loop
             self.on_epoch.before(lambda args: require_saver(args, self.name, "then='raise'"))
 
@@ -169,6 +171,8 @@ class NonFiniteGuard(PipelineHooks):
         return max(self._skips.values(), default=0)
 
     def _start(self, args: PipelineHookArgs) -> None:
+        for index, name in enumerate(self.cfg.optimizers or ()):
+            args.run.check_optimizer(name, self.name, "optimizers", index)
         if self._recorder is not None and args.run.optimizer_names:
             raise PipelineConfigError(
                 f"{args.run.locate(self.name, 'quarantine')}: quarantine needs a trainer with one "
@@ -516,6 +520,13 @@ class NonFiniteGuardConfig(PipelineHooksConfig[NonFiniteGuard]):
         default=None,
         description="Key or index of the sample ids in a batch, for messages and quarantine; "
         "None for no ids.",
+    )
+
+    optimizers: list[str] | None = Field(
+        default=None,
+        min_length=1,
+        description="With several optimizers, the names of those whose updates to check; None "
+        "checks all.",
     )
 
     def __post_init__(self) -> None:
