@@ -145,11 +145,37 @@ def test_changed_fields_are_sorted_and_checked(capsys: pytest.CaptureFixture[str
     assert [each["path"] for each in start(number=2)["changes"]] == [
         *("hooks.clip", "trainer.max_epoch")
     ]
-    assert main([*changed, "--optimizer.lr", "1", "--allow", "trajectory"]) == 2
+    assert main([*changed, "--optimizer.momentum", "0.5", "--allow", "trajectory"]) == 2
     shown = capsys.readouterr()
-    assert "can't resume with changed optimizer.lr" in shown.err
+    assert "can't resume with changed optimizer.momentum" in shown.err
     assert "restores this value from the checkpoint" in shown.err
     assert main([*changed, "--optimizer.lr", "1", "--resume", "never"]) == 0
+
+
+def test_the_learning_rate_is_changed_on_a_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--allow trajectory`` sets a new learning rate and LR scheduler, shown before the first
+    step; later resumes of the run keep both, also from the checkpoint before the change.
+    """
+    assert main(["train", FILE, "--trainer.max_epoch", "1"]) == 0
+    curve = "--lr_scheduler={class_type: 'torch.optim.lr_scheduler:StepLR', step_size: 12}"
+    changed = ["train", FILE, "--trainer.max_epoch", "2", "--optimizer.lr", "0.02", curve]
+    capsys.readouterr()
+    assert main(changed) == 2
+    shown = capsys.readouterr().err
+    assert "would not train the same weights with changed optimizer.lr, lr_scheduler" in shown
+    assert "from the resumed step on, on the new curve" in shown
+    assert main([*changed, "--allow", "trajectory"]) == 0
+    shown = capsys.readouterr().err
+    assert "  0.1 -> 0.02, 0.02, 0.002, 0.002, ..." in shown
+    expected = weights()
+    assert main(["resume", str(RUN / "checkpoints/step_00000010")]) == 0
+    assert "0.1 -> 0.02" in capsys.readouterr().err  # from before the change
+    assert equal(weights(), expected)
+    assert main(["resume", str(RUN), "--trainer.max_epoch", "3"]) == 0
+    assert "->" not in capsys.readouterr().err
+    saved = load_checkpoint(RUN / "checkpoints" / "last")
+    assert saved.parts["trainer"]["lr_scheduler"]["last_epoch"] == 30
+    assert saved.parts["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.02 / 100)
 
 
 @pytest.mark.parametrize(

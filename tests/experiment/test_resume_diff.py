@@ -77,11 +77,13 @@ CHANGES: list[tuple[str, Any, ResumeEffect]] = [
     ("data.train.num_workers", 2, "harmless"),
     ("data.evaluation.test", {"dataset": {"class_type": "mine:Letters"}}, "harmless"),
     ("data.order.keyed_by", "sample", "impossible"),
-    ("optimizer.lr", 0.2, "impossible"),
+    ("optimizer.lr", 0.2, "trajectory"),
     ("optimizer.class_type", "torch.optim.adamw:AdamW", "impossible"),
-    ("optimizer.groups.head.lr", 0.1, "impossible"),
-    ("lr_scheduler", None, "impossible"),
-    ("lr_scheduler.step_size", 4, "impossible"),
+    ("optimizer.groups.head.lr", 0.1, "trajectory"),
+    ("optimizer.groups.head.weight_decay", 0.1, "impossible"),
+    ("optimizer.weight_decay", 0.1, "impossible"),
+    ("lr_scheduler", None, "trajectory"),
+    ("lr_scheduler.step_size", 4, "trajectory"),
     ("lr_scheduler.every", "epoch", "trajectory"),
     ("lr_scheduler.monitor", "eval/val/loss", "trajectory"),
     ("lr_scheduler.lr_lambda", "mine:decay", "trajectory"),
@@ -167,12 +169,12 @@ def test_num_workers_matters_to_an_iterable_dataset() -> None:
     assert [found.resume for found in differences(before, after)] == ["trajectory"]
 
 
-def test_another_lr_scheduler_function_is_impossible() -> None:
-    """Another function or class is impossible, while a function argument changes the trajectory."""
+def test_another_lr_scheduler_changes_the_trajectory() -> None:
+    """Another function or class, or another function as an argument, changes the trajectory."""
     before, after = document(), document()
     for each, name in ((before, "a"), (after, "b")):
         each["lr_scheduler"] = {"func": f"my_team.schedules:{name}"}
-    assert [found.resume for found in differences(before, after)] == ["impossible"]
+    assert [found.resume for found in differences(before, after)] == ["trajectory"]
     for each, name in ((before, "a"), (after, "b")):
         each["lr_scheduler"] = {
             "class_type": "torch.optim.lr_scheduler:LambdaLR",

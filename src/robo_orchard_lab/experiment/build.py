@@ -51,6 +51,7 @@ from robo_orchard_lab.experiment.parts import (
     LoaderConfig,
     LRSchedulerFields,
 )
+from robo_orchard_lab.experiment.resume_diff import lr_settings
 from robo_orchard_lab.experiment.run_plan import count_lr_scheduler_steps
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
@@ -510,6 +511,7 @@ def build_experiment(
         Exception: Errors of the described code and of :class:`HookBasedTrainer`.
     """
     folder = experiment.folder() if run_folder is None else Path(run_folder)
+    has_own_lr = optimizer is None and lr_scheduler is None
     set_seed(experiment.seed)
     if accelerator is None:
         accelerator = make_accelerator(experiment.accelerator, folder)
@@ -541,6 +543,9 @@ def build_experiment(
                 batch_processor = make_processor(described)
         built_hooks = build_hooks(complete, hooks or {}, loaders, folder)
     resume = experiment.resume if resume is None else resume
+    plain: dict[str, Any] | None = None
+    with suppress(ConfigError):  # configs of live objects have no plain values
+        plain = experiment.to_dict()
     trainer = HookBasedTrainer(
         accelerator,
         model,
@@ -559,10 +564,11 @@ def build_experiment(
         data_order=DataOrder(seed=experiment.seed, **dict(experiment.data.order)),
         agree_every=options.agree_every,
         stall_timeout_s=options.stall_timeout_s,
+        lr_settings=lr_settings(plain) if plain is not None and has_own_lr else None,
         locate=locate,
     )
-    with suppress(ConfigError):  # configs of live objects have no plain values
-        trainer.report.hyperparameters = flatten(experiment.to_dict())
+    if plain is not None:
+        trainer.report.hyperparameters = flatten(plain)
     report = None
     if experiment.init_from is not None and not trainer.resumed:
         with fail_together(), building("init_from"):

@@ -79,6 +79,10 @@ class OnResume:
 HARMLESS = OnResume("harmless")
 _ORDER = OnResume("impossible", "the order of samples depends on this field")
 _SAVED = OnResume("impossible", "a resumed run restores this value from the checkpoint")
+_NEW_LR = OnResume("trajectory", "from the resumed step on, on the new curve")
+_GROUP = OnResume(_SAVED.effect, _SAVED.why, {"lr": _NEW_LR, "*": _SAVED})
+_GROUPS = OnResume(_SAVED.effect, _SAVED.why, {"*": _GROUP})
+_OPTIMIZER = OnResume(_SAVED.effect, _SAVED.why, {**_GROUP.within, "groups": _GROUPS})
 _LR_SCHEDULER_STEPS = dict.fromkeys(("every", "monitor"), OnResume("trajectory"))
 _OTHER_CODE = "the checkpoint belongs to another class"
 
@@ -600,12 +604,12 @@ class ExperimentFields(Config):
         description="Turns a batch into outputs and loss; a function is forward(model, batch); "
         "null: passed to build()."
     )
-    optimizer: Annotated[Optimizers | None, _SAVED] = Field(
+    optimizer: Annotated[Optimizers | None, _OPTIMIZER] = Field(
         default=None, description="Optimizer, or optimizers by name."
     )
     lr_scheduler: Annotated[
         LRSchedulers | None,
-        OnResume("impossible", _OTHER_CODE, {**_LR_SCHEDULER_STEPS, "*": _SAVED}),
+        OnResume(_NEW_LR.effect, _NEW_LR.why, _LR_SCHEDULER_STEPS),
     ] = Field(
         default=None,
         description="LR scheduler, or LR schedulers by optimizer; integers may be auto.",

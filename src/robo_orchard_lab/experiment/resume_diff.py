@@ -67,8 +67,9 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
     ['seed', 'name']
     """
     found = []
+    has_new_lr = lr_settings(before) != lr_settings(after)
     for path, old, new in _changed_values(before, after, ()):
-        rule = _rule(path, old, new, after)
+        rule = _rule(path, old, new, after, has_new_lr)
         found.append(Difference(path, old, new, rule.effect, rule.why))
     old_hooks, hooks = _at(before, "hooks") or {}, _at(after, "hooks") or {}
     common = [name for name in old_hooks if name in hooks]
@@ -79,6 +80,37 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
             Difference(("hooks",), common, moved, effect, "hooks are nested in this order")
         )
     return sorted(found, key=lambda difference: EFFECTS.index(difference.resume))
+
+
+def lr_settings(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the learning rates and LR schedulers of a resolved experiment.
+
+    A run that resumes with other settings keeps its own learning rates and LR schedulers.
+
+    >>> lr_settings({"optimizer": {"class_type": "a:B", "lr": 0.1, "betas": [0.9, 0.99]}})
+    {'optimizer': {'lr': 0.1}, 'lr_scheduler': None}
+    """
+    curves: Any = _curve(document.get("lr_scheduler"))
+    if are_named_parts(curves):
+        curves = {name: _curve(each) for name, each in curves.items()}
+    return {"optimizer": _learning_rates(document.get("optimizer")), "lr_scheduler": curves}
+
+
+def _learning_rates(part: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in part.items() if isinstance(part, Mapping) else ():
+        if key == "lr":
+            found[key] = value
+        elif inner := _learning_rates(value):
+            found[key] = inner
+    return found
+
+
+def _curve(scheduler: Any) -> Any:
+    """Return an LR scheduler without its interval, which may change alone."""
+    if not isinstance(scheduler, Mapping):
+        return scheduler
+    return {key: value for key, value in scheduler.items() if key not in ("every", "monitor")}
 
 
 def _changed_values(
@@ -118,7 +150,9 @@ def _default_argument(part: Mapping[str, Any], argument: str, other: Any) -> Any
     return other if is_default else MISSING
 
 
-def _rule(path: tuple[str, ...], old: Any, new: Any, document: Mapping[str, Any]) -> OnResume:
+def _rule(
+    path: tuple[str, ...], old: Any, new: Any, document: Mapping[str, Any], has_new_lr: bool
+) -> OnResume:
     """Return the resume rule of a changed value; ``document`` belongs to the resumed run."""
     if path[:1] in OPTIMIZERS and are_named_parts(_at(document, path[0])):
         path = (path[0], *path[2:])  # the rule of an optimizer does not depend on its name
@@ -127,6 +161,8 @@ def _rule(path: tuple[str, ...], old: Any, new: Any, document: Mapping[str, Any]
             return _hook_rule(path[:2], inner, old, new, document)
         case ("trainer", limit) if limit.startswith("max_"):
             scheduler: Any = document.get("lr_scheduler")
+            if has_new_lr:
+                return _declared_rule(path)  # the new curve is computed with the new limit
             if any(value == AUTO for _, value in walk(scheduler)):
                 why = (
                     f"auto in lr_scheduler keeps the checkpoint's number, counted for {limit} "
@@ -147,9 +183,6 @@ def _rule(path: tuple[str, ...], old: Any, new: Any, document: Mapping[str, Any]
             if dataset is not None and _is_iterable_only(dataset):
                 why = "each worker reads its shard of an iterable dataset"
                 return OnResume("trajectory", why)
-        case ("lr_scheduler", key, *_) if key not in PART_KEYS:
-            if any(isinstance(v, Mapping) or (isinstance(v, str) and ":" in v) for v in (old, new)):
-                return _CHANGES_TRAJECTORY  # such as a lr_lambda, which no checkpoint holds
     return _declared_rule(path)
 
 

@@ -201,6 +201,8 @@ class PipelineRun:
     after_updates: dict[str, Callable[[bool], None]] = field(default_factory=dict)
     """With several optimizers: function to call after all updates of a step, by hook name; the
     argument is True if an update was committed."""
+    lr_settings: Any = None
+    """Plain data that identifies the learning rates and LR schedulers, for checkpoints; or None."""
     start_checks: list[Callable[[], Any]] = field(default_factory=list)
     """Checks to make before the first step, when the loop has begun for all hooks."""
     locate: Locate = dotted_setting

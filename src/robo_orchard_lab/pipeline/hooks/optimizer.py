@@ -139,6 +139,18 @@ class OptimizerHook(PipelineHooks):
         assert isinstance(self.lr_scheduler, ReduceLROnPlateau)  # checked in the constructor
         self.lr_scheduler.step(found.value if math.isfinite(found.value) else math.nan)
 
+    def step_lr_scheduler(self, times: int) -> None:
+        """Step the LR scheduler; ReduceLROnPlateau, which depends on metrics, stays."""
+        if self._step_lr is not None and not isinstance(self.lr_scheduler, ReduceLROnPlateau):
+            for _ in range(times):
+                self._step_lr()
+
+    def step_lr_scheduler_to(self, progress: TrainerProgress) -> None:
+        """Step a new LR scheduler as often as a run up to these counters does."""
+        updates = progress.optimizer_steps.get(self.optimizer_name, progress.optimizer_step_id)
+        is_by_epoch = self.lr_scheduler_every == "epoch"
+        self.step_lr_scheduler(progress.epoch_id if is_by_epoch else updates)
+
     def zero_grad(self) -> None:
         """Set all gradients to None."""
         self._zero_grad()

@@ -180,6 +180,7 @@ def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
             "model": _kind(plain_model(run)),
             "optimizer": _of_each(run.optimizers, _optimizer),
             "lr_scheduler": _of_each(run.lr_schedulers, _kind),
+            "lr_settings": run.lr_settings,
             "hooks": {hook.name: hook_configuration(hook) for hook in hooks.named_hooks()},
         },
         "command": shlex.join(sys.orig_argv),

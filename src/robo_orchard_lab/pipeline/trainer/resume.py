@@ -19,6 +19,7 @@ from robo_orchard_lab.pipeline.job_log import announce, job_logger
 from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.progress import remaining_steps
 from robo_orchard_lab.pipeline.sharding import shares_of_model
+from robo_orchard_lab.pipeline.trainer.lr_change import LRChange
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots, ranks_of
 
 logger = job_logger(__name__)
@@ -31,10 +32,12 @@ def resume(
     hooks: PipelineHooks,
     snapshots: RunSnapshots,
     resume_from: str | os.PathLike[str],
+    lr_change: LRChange,
 ) -> bool:
     """Restore the run from a directory, or from the newest checkpoint with ``"auto"``.
 
-    All ranks call it. Returns False if there is no checkpoint yet. Errors are those of
+    With other LR settings than the checkpoint's, the run has its own learning rates and LR
+    schedulers. All ranks call it. Returns False if there is no checkpoint yet. Errors are those of
     :class:`HookBasedTrainer`.
     """
     with ranks_of(run) as ranks:
@@ -57,11 +60,16 @@ def resume(
             saved = load_checkpoint(path, ranks=ranks, share_of=share_of, each_rank=each_rank)
             if saved.info.poison:
                 logger.warning("resuming from %s, which %s", saved.info.path, saved.info.poison)
-        ranks.run_on_all("resuming", partial(snapshots.load, saved))
+        if has_new_lr := lr_change.is_due(saved):
+            lr_change.prepare()
+        load = partial(snapshots.load, saved, with_lr_schedulers=not has_new_lr)
+        ranks.run_on_all("resuming", load)
         snapshots.rank_states.reduce_gradients()
         if is_auto:
             _prune(hooks, run.folder, ranks)
     announce(logger, f"resumed from {saved.info.path} at {run.progress}")
+    if has_new_lr:
+        lr_change.apply()
     before, now = saved.info.ranks, run.accelerator.num_processes
     if before != now:
         announce(logger, f"the world size changed from {before} to {now}")

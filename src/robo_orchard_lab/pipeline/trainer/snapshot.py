@@ -138,12 +138,16 @@ class RunSnapshots:
                 finite=snapshot.finite,
             )
 
-    def load(self, saved: SavedState) -> None:
+    def load(self, saved: SavedState, *, with_lr_schedulers: bool = True) -> None:
         """Restore the run from a snapshot, up to the RNG and the gradients of sharded parameters.
 
         All checks come before the first change of a live object. If an object's own
         ``load_state_dict`` fails nevertheless, all objects get their previous states back. The
         checkpoint is read with :meth:`RankStates.part_of`.
+
+        Args:
+            saved: the snapshot.
+            with_lr_schedulers: False leaves the LR schedulers as they are, also other ones.
 
         Raises:
             CheckpointError: the snapshot belongs to a different model, optimizer, LR scheduler or
@@ -157,11 +161,16 @@ class RunSnapshots:
         of_rank = FileName("state", rank, is_json=True)
         with _in_file(saved, "trainer.json"):
             trainer = _checked_trainer_state(parts)
-            self._check_compatible(saved, trainer)
+            stateful = {
+                kind: live_by_name
+                for kind, live_by_name in _stateful(run).items()
+                if with_lr_schedulers or kind != "lr_scheduler"
+            }
+            self._check_compatible(saved, trainer, stateful)
             progress = TrainerProgress()
             progress.optimizer_steps = dict.fromkeys(run.optimizer_names, 0)
             progress.load_state_dict(trainer["progress"])
-            _check_similar_states(run, trainer)
+            _check_similar_states(run, trainer, stateful)
         with _in_file(saved, str(of_rank)):
             own = checked_rank_state(saved.rank_parts)
             if saved.rank_results:
@@ -195,7 +204,7 @@ class RunSnapshots:
             adopt_replaced_parameters(run, before)
             for name, optimizer in run.optimizers.items():
                 _load_into(optimizer, _path(name), optimizer_states[name], undo)
-            for kind, live_by_name in _stateful(run).items():
+            for kind, live_by_name in stateful.items():
                 for name, live in live_by_name.items():
                     _load_into(live, _path(name, kind), _of_name(trainer[kind], name), undo)
             self.rank_states.load(own, trainer["data"])
@@ -209,8 +218,13 @@ class RunSnapshots:
                 f"gradient_accumulation_steps={trainer['window']}"
             )
 
-    def _check_compatible(self, saved: SavedState, trainer: Mapping[str, Any]) -> None:
-        """Check parts, ranks, and the classes of optimizer, LR scheduler and scaler."""
+    def _check_compatible(
+        self,
+        saved: SavedState,
+        trainer: Mapping[str, Any],
+        stateful: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Check parts, ranks, and the classes of optimizers and of other objects with a state."""
         run, parts = self._run, saved.parts
         if not isinstance(parts.get("model"), Mapping) or ("optimizer" in parts) != bool(
             run.optimizers
@@ -226,7 +240,8 @@ class RunSnapshots:
                 "call save_checkpoint on all ranks"
             )
         types, live_types = trainer["types"], _types_of(run)
-        for part in {**live_types, **types}:
+        kinds = ("optimizer", *stateful)
+        for part in (p for p in {**live_types, **types} if p.partition(".")[0] in kinds):
             live, type_then = live_types.get(part), types.get(part)
             if type_then != live:
                 raise StateError(
@@ -317,11 +332,13 @@ def _in_file(saved: SavedState, name: str) -> Iterator[None]:
         raise CheckpointError(f"{saved.info.path / name}: {error}") from error
 
 
-def _check_similar_states(run: PipelineRun, trainer: Mapping[str, Any]) -> None:
-    """Compare the saved states of LR scheduler and scaler with the live ones."""
+def _check_similar_states(
+    run: PipelineRun, trainer: Mapping[str, Any], stateful: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Compare the saved states of LR schedulers and scalers with the live ones."""
     found = [
         (_path(name, kind), name, live, _of_name(trainer[kind], name))
-        for kind, by_name in _stateful(run).items()
+        for kind, by_name in stateful.items()
         for name, live in (by_name or {"": None}).items()
     ]
     for path, name, live, saved in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,6 +58,7 @@ from robo_orchard_lab.pipeline.trainer import setup
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, padding_step
 from robo_orchard_lab.pipeline.trainer.commit import CommitPoint, check_metric_names
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights, wrong_result
+from robo_orchard_lab.pipeline.trainer.lr_change import LRChange
 from robo_orchard_lab.pipeline.trainer.named_losses import NamedLosses, make_named_updates
 from robo_orchard_lab.pipeline.trainer.rank_consistency import (
     ReplicaCheck,
@@ -155,6 +157,11 @@ class HookBasedTrainer:
             files of a checkpoint count as progress. Allow for a first step that compiles the
             model, for a hook's long work at a commit point, and for a debugger.
         default_hooks: False uses no hook if ``hooks`` is None.
+        lr_settings: plain data that identifies the learning rates and LR schedulers, such as
+            ``{"lr": 0.1, "schedule": "cosine"}``; saved in checkpoints. A run that resumes with
+            other settings than the checkpoint's keeps its own learning rates and LR schedulers,
+            the latter stepped to the counters, and logs both. By default, and with equal settings,
+            a resume restores those of the checkpoint.
         locate: returns the place of a setting in an experiment's file, for messages.
 
     Raises:
@@ -194,6 +201,7 @@ class HookBasedTrainer:
         agree_every: int | None = None,
         stall_timeout_s: float | None = None,
         default_hooks: bool = True,
+        lr_settings: Mapping[str, Any] | None = None,
         locate: Locate | None = None,
     ) -> None:
         self.limits = TrainerLimits(max_step, max_optimizer_step, max_epoch)
@@ -224,6 +232,7 @@ class HookBasedTrainer:
             "resume_from": resume_from,
             "data_order": data_order,
             "agree_every": agree_every,
+            "lr_settings": lr_settings,
         }
         self._set_up(optimizer, lr_scheduler, hooks, default_hooks, options)
         self.scalers = self._run.scalers
@@ -345,6 +354,9 @@ class HookBasedTrainer:
         self._snapshots = RunSnapshots(
             self._run, self.hooks, self._data, self._windows, self._replicas.check_weights
         )
+        if options["lr_settings"] is not None:
+            self._run.lr_settings = json.loads(json.dumps(options["lr_settings"]))
+        self._lr_change = LRChange(self._run, self.hooks)
         self._batch_body = self._batch
         if isinstance(self._optimizer_hook, NamedOptimizersHook):
             self._named_losses = NamedLosses(self._run, self.hooks, self._optimizer_hook)
@@ -368,7 +380,9 @@ class HookBasedTrainer:
         if resume_from is not None:
             with self._run.state_file.around_resume(), fail_together(self._stall_clock):
                 self._check_hooks_consistent()
-                self._resumed = resume(self._run, self.hooks, self._snapshots, resume_from)
+                self._resumed = resume(
+                    self._run, self.hooks, self._snapshots, resume_from, self._lr_change
+                )
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -676,7 +690,7 @@ class HookBasedTrainer:
             f"{request.by} requested a rollback at step {step} ({request.reason}), which failed"
         )
         try:
-            self._resumed = resume(run, self.hooks, self._snapshots, AUTO)
+            self._resumed = resume(run, self.hooks, self._snapshots, AUTO, self._lr_change)
         except CheckpointError as error:
             raise CheckpointError(f"{failed}: {error}") from error
         if not self._resumed:
