@@ -301,8 +301,6 @@ def make_lr_scheduler(
     if not isinstance(made, LRScheduler):
         name = reference_to(code_of(config))
         raise ConfigBuildError(f"expected an LR scheduler from {name!r}, found {describe(made)}")
-    # Here, where an error gets its line in the file.
-    check_lr_scheduler(made, getattr(config, "every", None), getattr(config, "monitor", None))
     return made
 
 
@@ -320,6 +318,18 @@ def _make_lr_schedulers(
                 raise ConfigFieldError(f"optimizer= lacks {name!r}; pass lr_scheduler= as well")
             made[name] = _make_lr_schedulers(config, optimizers[name], count_steps)
     return made
+
+
+def _check_lr_schedulers(configs: Any, made: Any, locate: Locate | None) -> None:
+    """Check the options of LR schedulers as the trainer does, where the place is known."""
+    for name, scheduler in _by_name(made).items():
+        config = configs[name] if name else configs
+        options = getattr(config, "every", None), getattr(config, "monitor", None)
+        try:
+            check_lr_scheduler(scheduler, *options)
+        except PipelineConfigError as error:
+            place = locate("lr_scheduler", *filter(None, [name])) if locate else name
+            raise PipelineConfigError(f"{place}: {error}") from None
 
 
 def _options(configs: Any, option: str) -> Any:
@@ -537,6 +547,7 @@ def build_experiment(
             count = partial(count_lr_scheduler_steps, dataloader, accelerator, limits)
             with building("lr_scheduler"):
                 lr_scheduler = _make_lr_schedulers(scheduler_config, optimizer, count)
+            _check_lr_schedulers(scheduler_config, lr_scheduler, locate)
         if batch_processor is None:
             with building("batch_processor"):
                 described = _described(complete.batch_processor, "batch_processor")

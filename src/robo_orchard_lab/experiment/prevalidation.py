@@ -251,7 +251,7 @@ def _kind_problems(
     elif len(path) == 2 and path[:1] in OPTIMIZERS and are_named_parts(fields[str(path[0])]):
         expected = _KINDS_BY_PATH[path[:1]]
     if expected == "an optimizer" and "params" in part:
-        problem = "the run passes the parameters; write their patterns as parameters: 'layers.*'"
+        problem = "is given when it is built; write patterns instead, as parameters: 'layers.*'"
         yield ConfigFieldError(problem, (*path, "params"))
     for key in PART_KEYS if expected else ():
         name = part.get(key)
