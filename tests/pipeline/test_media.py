@@ -287,6 +287,60 @@ def test_trackers_without_images_are_named_once(
     assert len(read_index(tmp_path / "media/index.jsonl")) == 7
 
 
+class ImageTracker(TextTracker):
+    """Tracker with Accelerate's methods for images and tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[str, int | None]] = []
+
+    def log(self, values: Any, step: int | None = None, **kwargs: Any) -> None:
+        self.steps.append(("log", step))
+
+    def log_images(self, values: Any, step: int | None = None) -> None:
+        ((name, images),) = values.items()
+        if name == "broken":
+            raise RuntimeError("no room")
+        self.steps.append((f"{name} {images[0].shape}", step))
+
+    def log_table(self, name: str, columns: Any, data: Any, step: int | None = None) -> None:
+        self.steps.append((f"{name} {columns} {data}", step))
+
+
+def test_other_trackers_get_media_in_the_order_of_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Media wait for the metrics of earlier steps; a failing image keeps the metrics."""
+    hooks = PipelineHooks("images")
+
+    @hooks.on_step.after(when="at steps 2, 5")
+    def report(args: PipelineHookArgs) -> None:
+        args.metrics.publish("value", args.global_step_id)
+        args.report.add_image("gray", np.zeros((2, 3), np.uint8))
+        args.report.add_image("broken", RED)
+        args.report.add_table("t", [[1]], columns=["a"])
+
+    tracker = ImageTracker()
+    with caplog.at_level(logging.ERROR):
+        make_trainer(
+            [MetricsLoggerConfig(every="3 steps")(sinks={"mine": TrackerSink([tracker])}), hooks],
+            run_folder=tmp_path,
+            max_step=6,
+        )()
+    media = [
+        ("gray (2, 3, 3)", 2),
+        ("t ['a'] [[1]]", 2),
+        ("gray (2, 3, 3)", 5),
+        ("t ['a'] [[1]]", 5),
+    ]
+    assert [step for step in tracker.steps if step[0] != "log"] == media
+    steps = [step or 0 for _, step in tracker.steps]
+    assert steps == sorted(steps)
+    assert ("log", 2) in tracker.steps
+    assert len(caplog.records) == 1
+    assert "no room" in caplog.text
+
+
 def test_unknown_tracker_is_an_error_with_the_known_ones(tmp_path: Path) -> None:
     """``tracker(name)`` of a name without a live tracker lists the live ones."""
     hooks = PipelineHooks("asks")

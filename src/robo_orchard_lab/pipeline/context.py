@@ -738,7 +738,7 @@ class PipelineHookArgs:
     def allow_skip_batch(self) -> None:
         """Allow :meth:`skip_batch` on several ranks; in a ``before`` of ``on_loop``, on every rank.
 
-        Costs an all-reduce of one number and a multiplication of all gradients per optimizer step,
+        Costs a small all-reduce and a multiplication of all gradients per optimizer step,
         and the memory of one batch. Does nothing on one rank.
         """
         self._run.may_skip_batches = True

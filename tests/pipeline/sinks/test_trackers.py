@@ -231,6 +231,11 @@ class TestTensorBoard:
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
     def test_file_is_complete_when_there_is_room(self, tmp_path: Path) -> None:
         """Values of a full disk, and of a removed folder, are written when there is room."""
+        # TensorBoard numbers the writers of a process, and reads files of one second in order of
+        # their names, 10 before 9: begin past that.
+        writer: Any = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        for _ in range(10):
+            writer(str(tmp_path / "other")).close()
         sink = TrackerSink(["tensorboard"], folder=tmp_path)
         sink.open(at(0))
         points = [(step, float(step)) for step in range(10, 70, 10)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -210,8 +211,11 @@ class _OneTracker:
         self._record: MetricsRecord | None = None
         self._steps: list[tuple[int, dict[str, float]]] = []  # of the record, not logged yet
         self._has_failed = False
+        self._media: list[Media] = []  # not logged yet
+        self._drop: Callable[[str, object], None] = lambda name, problem: None
 
     def open(self, args: PipelineHookArgs) -> None:
+        self._drop = args.report.drop
         if not self._is_started:
             self._tracker.start()
         # TensorBoard writes hyperparameters to a separate run, one more after each resume.
@@ -227,16 +231,42 @@ class _OneTracker:
         self._has_failed = True  # until the end
         while self._steps:
             step, values = self._steps[0]
+            self._log_media(step)
             self._tracker.log(values, step=step)
             del self._steps[0]
         self._has_failed = False
+        self._log_media(record.global_step_id)
 
     def write_media(self, media: Media) -> None:
-        """Log media by the tracker's methods.
+        """Log media: at once in TensorBoard, else with the metrics of the next logging point.
+
+        W&B accepts no values of an earlier step than it has, such as of metrics logged later.
 
         Raises:
             NotImplementedError: the tracker has no method for the kind.
         """
+        method = {"image": "log_images", "video": "log_images", "table": "log_table"}
+        name = str(self._tracker.name)
+        if media.kind == "hyperparameters" or isinstance(self._tracker, TensorBoardTracker):
+            self._log(media)
+        elif hasattr(self._tracker, method.get(media.kind, "")):
+            self._media.append(media)
+        else:
+            raise NotImplementedError(
+                f"Accelerate's tracker {name} has no method for {media.kind}s; use "
+                f"args.report.tracker({name!r}), or read the run folder's media/"
+            )
+
+    def _log_media(self, step: float) -> None:
+        """Log the media up to a step; a failure is reported, and the metrics continue."""
+        while self._media and self._media[0].step <= step:
+            media = self._media.pop(0)
+            try:
+                self._log(media)
+            except Exception as error:
+                self._drop(f"{media.name} by {self._tracker.name}", f"{error!r:.200}")
+
+    def _log(self, media: Media) -> None:
         tracker, name, step = self._tracker, media.name, media.step
         if media.kind == "hyperparameters":
             if not (tracker.name == "tensorboard" and step > 0):  # as in open()
@@ -252,17 +282,12 @@ class _OneTracker:
                 writer.add_text(name, _markdown(media), step)
             if media.caption:
                 writer.add_text(f"{name}/caption", media.caption, step)
-        elif media.kind in ("image", "video") and hasattr(tracker, "log_images"):
+        elif media.kind in ("image", "video"):
             frames = media.content if media.kind == "video" else media.content[None]
             tracker.log_images({name: [*_with_colors(frames[:_MAX_FRAMES])]}, step=step)
-        elif media.kind == "table" and hasattr(tracker, "log_table"):
+        else:
             rows = [[*row] for row in media.content.rows]
             tracker.log_table(name, columns=[*media.content.columns], data=rows, step=step)
-        else:
-            raise NotImplementedError(
-                f"Accelerate's tracker {tracker.name} has no method for {media.kind}s; use "
-                f"args.report.tracker({str(tracker.name)!r}), or read the run folder's media/"
-            )
 
     def _restart_writer(self, step: int) -> None:
         """Replace TensorBoard's writer, which a full disk has ended, or whose folder is removed.
@@ -284,6 +309,7 @@ class _OneTracker:
         tracker.start()
 
     def close(self) -> None:
+        self._log_media(math.inf)
         if not self._is_started:
             self._tracker.finish()
 
