@@ -178,12 +178,17 @@ class Logging(Regression):
     def __init__(self) -> None:
         super().__init__()
         self.error = torchmetrics.MeanAbsoluteError()
+        self.train_error = torchmetrics.MeanAbsoluteError()
+        classes = torchmetrics.MeanSquaredError, torchmetrics.R2Score
+        self.scores = torchmetrics.MetricCollection([cls() for cls in classes], prefix="val_")
         self.losses: list[torch.Tensor] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = self.loss(batch)
         self.log_dict({"a": loss, "b": 2 * loss}, on_step=True, on_epoch=True)
         self.log("largest", loss, on_step=False, on_epoch=True, reduce_fx="max")
+        self.train_error.update(self.net(batch[0]), batch[1])
+        self.log("train_error", self.train_error, on_step=False, on_epoch=True)
         self.log("count", 1.0, on_step=False, on_epoch=True, reduce_fx=torch.sum)
         return loss
 
@@ -197,6 +202,8 @@ class Logging(Regression):
         inputs, targets = batch
         self.error(self.net(inputs), targets)
         self.log("val_error", self.error)
+        self.scores.update(self.net(inputs), targets)
+        self.log_dict(self.scores)
         self.losses.append(self.loss(batch))
 
     def on_validation_epoch_end(self) -> None:
@@ -216,10 +223,11 @@ def test_logged_values_are_those_of_lightning(tmp_path: Path) -> None:
     logger = MetricsLoggerConfig(every="1 epoch", sinks=[sink])
     make_trainer(module, [logger], rest=1)()
     last = {name: value for (_, name), value in values_in(tmp_path / "metrics.jsonl").items()}
-    names = ["a_epoch", "b_epoch", "largest", "count", "epoch"]
+    names = ["a_epoch", "b_epoch", "largest", "count", "epoch", "train_error"]
     for name in names:
         assert last[name] == pytest.approx(float(expected[name]), rel=1e-6), name
-    for name in ("val_loss", "val_error", "val_first", "val_batches"):
+    values = ["loss", "error", "first", "batches", "MeanSquaredError", "R2Score"]
+    for name in (f"val_{value}" for value in values):
         assert last[f"eval/val/{name}"] == pytest.approx(float(expected[name]), rel=1e-6), name
 
 
@@ -483,7 +491,7 @@ REFUSED_IN_STEPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "metric in training": (
         lambda: logging_in("on_train_batch_start", torchmetrics.MeanMetric()),
         PipelineConfigError,
-        "expected a number, found a MeanMetric; .* or use MetricTracker",
+        "expected a number, found a MeanMetric; .* or on_step=False, on_epoch=True",
     ),
     "step of an evaluation": (
         lambda: logging_in("validation_step", 1.0, on_step=True),

@@ -11,6 +11,7 @@ import torch
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import (
     PipelineConfigError,
     PipelineStateError,
@@ -19,6 +20,7 @@ from robo_orchard_lab.pipeline.errors import (
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.metrics.accumulators import Reduction
+from robo_orchard_lab.pipeline.metrics.torchmetrics import TorchMetrics
 from robo_orchard_lab.pipeline.state_schema import StateSchema, check_similar
 
 
@@ -26,7 +28,8 @@ class LightningModuleHooks(PipelineHooks):
     """Hooks that call those of a LightningModule, and collect what the module logs.
 
     - Publishes: the names of ``self.log``, and ``eval/<loader>/<name>``.
-    - State: values that the module logged for the current epoch, and LR schedulers that it steps.
+    - State: values that the module logged for the current epoch, its objects of torchmetrics, and
+      LR schedulers that it steps.
 
     Args:
         adapter: a ``LightningModuleProcessor``.
@@ -52,6 +55,9 @@ class LightningModuleHooks(PipelineHooks):
         """Number of batches of the current evaluation."""
         self.metrics: dict[str, Any] = {}
         """Objects of torchmetrics that the module logged in the current evaluation, by name."""
+        self.epoch_metrics: dict[str, Any] = {}
+        """Objects of torchmetrics that the module logged in the current epoch, by name."""
+        self._all_metrics = TorchMetrics.of_module(adapter.module)
         self.values: dict[str, Any] = {}
         """Values that the module logged for the current evaluation, by name."""
         call, overrides = adapter.call, adapter.overrides
@@ -166,6 +172,8 @@ class LightningModuleHooks(PipelineHooks):
         if args.epoch_completed and args.exception is None:
             self._call("on_train_epoch_end")
             args.metrics.publish_all(self.of_epoch)
+            for name, value in _compute(self.epoch_metrics).items():
+                args.metrics.publish(name, value)
 
     def _begin_step(self, args: PipelineHookArgs) -> None:
         self.args = args
@@ -234,22 +242,26 @@ class LightningModuleHooks(PipelineHooks):
         """Return the values of the complete evaluation; collectives of torchmetrics."""
         self._call("on_validation_epoch_end")
         self._call("on_validation_end")
-        for name, metric in self.metrics.items():
-            self.values[name] = metric.compute()
-            metric.reset()
-        return self.values
+        return self.values | _compute(self.metrics)
 
     # --- state --------------------------------------------------------------------------------
 
-    state_schema = StateSchema(values=dict[str, Any], lr_schedulers=list[dict[str, Any]])
+    state_schema = StateSchema(
+        values=dict[str, Any], metrics=dict[str, Any], lr_schedulers=list[dict[str, Any]]
+    )
 
     def state_dict(self) -> dict[str, Any]:
         schedulers = [each.state_dict() for each in self._own_lr_schedulers()]
-        return {"values": self.of_epoch.state_dict(), "lr_schedulers": schedulers}
+        return {
+            "values": self.of_epoch.state_dict(),
+            "metrics": self._all_metrics.state_dict(),
+            "lr_schedulers": schedulers,
+        }
 
     def check_state(self, state: Any, model: torch.nn.Module) -> None:
         super().check_state(state, model)
         MetricsBoard.check(state["values"])
+        self._all_metrics.check(state["metrics"])
         live = [each.state_dict() for each in self._own_lr_schedulers()]
         if len(live) != len(state["lr_schedulers"]):
             raise StateError(
@@ -261,6 +273,8 @@ class LightningModuleHooks(PipelineHooks):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         device = next(self._adapter.module.parameters()).device
         self.of_epoch.load_state_dict(state["values"], device)
+        self._all_metrics.to(device)
+        self._all_metrics.load_state_dict(state["metrics"])
         for own, saved in zip(self._own_lr_schedulers(), state["lr_schedulers"], strict=True):
             own.load_state_dict(dict(saved))
 
@@ -274,7 +288,22 @@ class LightningModuleHooks(PipelineHooks):
     ) -> Sequence[Mapping[str, Any]]:
         """Merge the values of all ranks."""
         values = MetricsBoard.redistribute_states([s["values"] for s in states], world_size)
-        return [{**states[0], "values": own} for own in values]
+        merged = join_by_rank(
+            [state["metrics"] for state in states], world_size, self._all_metrics.merge_state_dicts
+        )
+        return [
+            {**states[0], "values": own, "metrics": metrics}
+            for own, metrics in zip(values, merged, strict=True)
+        ]
+
+
+def _compute(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Compute, reset and forget objects of torchmetrics; collectives of several ranks."""
+    values = {name: metric.compute() for name, metric in metrics.items()}
+    for metric in metrics.values():
+        metric.reset()
+    metrics.clear()
+    return values
 
 
 _CONSTANTS: dict[str, Any] = {

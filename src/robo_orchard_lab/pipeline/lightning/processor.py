@@ -345,10 +345,10 @@ class LightningModuleProcessor(SimpleBatchProcessor):
         elif reduce is None or (is_evaluated and reduce != "mean"):
             expected = "'mean'" if is_evaluated else ", ".join(map(repr, _REDUCTIONS))
             problem = f"expected reduce_fx {expected}, found {text!r}; log a torchmetrics object"
-        elif is_metric and not (is_evaluated and bundle.is_running):
+        elif is_metric and (on_step or not bundle.is_running):
             problem = (
                 f"expected a number, found a {type(value).__name__}; log its value of the batch, "
-                "self.metric(outputs, targets), or use MetricTracker or Evaluator(metrics=...)"
+                "self.metric(outputs, targets), or on_step=False, on_epoch=True in a training"
             )
         elif sync_dist_group is not None:
             problem = "values are reduced over all ranks; leave out sync_dist_group"
@@ -357,7 +357,7 @@ class LightningModuleProcessor(SimpleBatchProcessor):
         if rank_zero_only and not self._trainer.is_global_zero:
             return
         if is_metric:
-            bundle.metrics[name] = value
+            (bundle.metrics if is_evaluated else bundle.epoch_metrics)[name] = value
         elif scope in _EVALUATED_BATCH:
             self._evaluated[name] = value
             if batch_size is not None:
@@ -375,7 +375,9 @@ class LightningModuleProcessor(SimpleBatchProcessor):
 
     def _log_dict(self, dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """Publish values by name: ``self.log_dict(...)``."""
-        for name, value in dictionary.items():
+        # Of a MetricCollection: the metrics themselves, which share their states.
+        options = {"copy_state": False} if hasattr(dictionary, "compute") else {}
+        for name, value in dictionary.items(**options):
             self._log(name, value, *args, **kwargs)
 
 

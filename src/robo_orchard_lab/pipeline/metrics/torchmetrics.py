@@ -257,6 +257,20 @@ class TorchMetrics:
         computed = {n: ComputedMetric(n, _reset_copy(m), owner) for n, m in given.items()}
         self._set_up({n: _reset_copy(metric) for n, metric in given.items()}, computed, owner)
 
+    @classmethod
+    def of_module(cls, module: torch.nn.Module) -> TorchMetrics:
+        """Return the set of the metrics inside a module, not of copies, to save their states."""
+        from torchmetrics import Metric, MetricCollection
+
+        found: dict[str, MetricLike] = {}
+        for name, part in module.named_modules():
+            is_inside = any(name.startswith(f"{outer}.") for outer in found)
+            if isinstance(part, Metric | MetricCollection) and not is_inside:
+                found[name] = part
+        metrics = cls(None, type(module).__name__)
+        metrics._set_up(found, {}, type(module).__name__)
+        return metrics
+
     def _set_up(
         self, metrics: dict[str, MetricLike], computed: dict[str, ComputedMetric], owner: str
     ) -> None:
