@@ -18,7 +18,7 @@ from pytorch_lightning.demos.boring_classes import BoringModel
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau, StepLR
 
 from launching import SCRIPTS, launch
-from robo_orchard_lab.pipeline import HookBasedTrainer
+from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.errors import (
     BatchProcessorError,
     PipelineConfigError,
@@ -28,6 +28,7 @@ from robo_orchard_lab.pipeline.errors import (
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import (
     GradientClippingHookConfig,
+    LossTrackerConfig,
     MetricsLoggerConfig,
     SaveCheckpointConfig,
     ValidationHookConfig,
@@ -637,16 +638,17 @@ class Adversarial(LightningModule):  # type: ignore[misc]  # of any type
         self.batch_ends.append((batch_idx, self.global_step))
 
 
-def test_manual_optimization_equals_lightning(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "theirs"), [("no", "32-true"), ("bf16", "bf16-mixed")])
+def test_manual_optimization_equals_lightning(precision: str, theirs: str, tmp_path: Path) -> None:
     """Two optimizers by manual optimization train as in Lightning, also stopped and resumed."""
     reference = Adversarial()
-    expected = train_by_lightning(reference, limit_val_batches=0)
+    expected = train_by_lightning(reference, limit_val_batches=0, precision=theirs)
 
     def run(folder: Path, **options: Any) -> tuple[Adversarial, HookBasedTrainer]:
         module = Adversarial()
         adapter = LightningModuleProcessor(module)
         trainer = HookBasedTrainer(
-            Accelerator(cpu=True),
+            Accelerator(cpu=True, mixed_precision=precision),
             module,
             make_loader(),
             adapter,
@@ -668,6 +670,38 @@ def test_manual_optimization_equals_lightning(tmp_path: Path) -> None:
     resumed, trainer = run(tmp_path / "stopped")
     assert equal(weights(resumed), weights(reference))
     assert trainer.progress.optimizer_steps == {"optimizer_0": 9, "optimizer_1": 21}
+
+
+def test_hooks_see_and_skip_manual_updates() -> None:
+    """Hooks on ``on_optimizer_step`` run for each update, and may skip it."""
+    seen: list[tuple[str | None, bool | None]] = []
+    hooks = PipelineHooks("notes")
+
+    @hooks.on_optimizer_step.before
+    def skip(args: PipelineHookArgs) -> None:
+        if args.global_step_id == 1 and args.optimizer_name == "optimizer_1":
+            args.skip_reason = "a test"
+
+    @hooks.on_optimizer_step.after
+    def note(args: PipelineHookArgs) -> None:
+        seen.append((args.optimizer_name, args.update_committed))
+
+    module = Adversarial()
+    adapter = LightningModuleProcessor(module)
+    loader, tracker = make_loader(), LossTrackerConfig()
+    trainer = HookBasedTrainer(
+        Accelerator(cpu=True),
+        module,
+        loader,
+        adapter,
+        **adapter.optimizers(),
+        hooks=[adapter.hooks(), hooks, tracker, MetricsLoggerConfig(every="1 step")],
+        max_step=2,
+    )
+    trainer()
+    assert seen == [("optimizer_1", True), ("optimizer_1", False), ("optimizer_0", True)]
+    assert trainer.progress.optimizer_steps == {"optimizer_0": 1, "optimizer_1": 1}
+    assert {"loss/optimizer_0", "loss/optimizer_1", "g", "d"} <= {*trainer.metrics.names()}
 
 
 def test_manual_optimization_refuses_accumulation_of_the_trainer() -> None:

@@ -407,7 +407,7 @@ class _StepProcessor(SimpleBatchProcessor):
 class _ManualOptimizer:
     """Optimizer of a module that makes its updates itself; only ``step`` differs from torch's.
 
-    A step runs the hooks of ``on_optimizer_step``, and keeps the gradients.
+    A step runs the hooks of ``on_optimizer_step``, and keeps the gradients unless a hook skips it.
     """
 
     def __init__(self, adapter: LightningModuleProcessor, index: int, optimizer: Optimizer) -> None:
@@ -434,6 +434,6 @@ class _ManualOptimizer:
             closure()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         gradients = [parameter.grad for parameter in parameters]
-        self._adapter.updates.make_update(self._name)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient  # zero_grad() is the module's to call
+        if self._adapter.updates.make_update(self._name):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient  # zero_grad() is the module's to call

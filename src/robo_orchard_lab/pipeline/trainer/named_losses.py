@@ -156,15 +156,21 @@ class NamedLosses:
         self._args.attached_loss = loss
         self._on_model_backward(self._args, backward)
 
-    def make_update(self, name: str) -> None:
-        """Step an optimizer with the gradients of its parameters, which are None afterwards."""
+    def make_update(self, name: str) -> bool:
+        """Step an optimizer with the gradients of its parameters, which are None afterwards.
+
+        Return True if the update was committed, False if a hook skipped the update.
+        """
         args, loss = self._args, self._args.attached_loss
         args.begin_entry(name, loss)
         if args._named is not None and loss is not None:
             args._named.losses[name] = loss.detach()
         self._updates.add_loss(name)
         self._updates.update(args)
+        committed = bool(args.update_committed)
+        torch.clear_autocast_cache()  # of the weights before the update
         args.begin_entry(None)
+        return committed
 
     def _resume(self, args: PipelineHookArgs) -> None:
         """Run the processor up to its next yield or return; autocast ends with each of them."""
