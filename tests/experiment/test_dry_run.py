@@ -140,7 +140,8 @@ def test_fast_run_makes_two_steps_and_resumes(
     done = fast_run(experiment)
     assert done[0].startswith("trained to epoch 1, step 0 (global step 2, 1 updates committed")
     assert any(line.startswith("found eval/val/loss = ") for line in done)
-    assert any("best.safetensors, checkpoints, metrics.jsonl" in line for line in done)
+    files = "best.safetensors, checkpoints, events.jsonl, metrics.jsonl"
+    assert any(files in line for line in done)
     assert done[-1] == "saved, and resumed from step 2 to 3"
     assert Watching.seen == ["step"]  # the third step, after a complete epoch
     assert [*tmp_path.iterdir()] == []

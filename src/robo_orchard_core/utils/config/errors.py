@@ -285,7 +285,8 @@ def unknown_field(
 ) -> ConfigFieldError:
     """Return the error for an unknown field of ``owner``.
 
-    The advice is the remedy if any, else the most similar known field.
+    The advice is the remedy if any, after a nearly equal field, else the most similar field.
     """
-    advice = remedy or suggest_name(name, sorted(known), "it has")
+    near = did_you_mean(name, known, cutoff=0.9) if remedy else ""
+    advice = f"{near} {remedy}".strip() or suggest_name(name, sorted(known), "it has")
     return ConfigFieldError(f"{owner} has no such field; {advice}", (*path, name))
