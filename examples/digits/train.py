@@ -35,6 +35,7 @@ from robo_orchard_lab.pipeline.hooks import (
     MetricTrackerConfig,
     ProgressBarHookConfig,
     ReportConfig,
+    SamplePredictionsConfig,
     StatsMonitorConfig,
     ValidationHookConfig,
 )
@@ -128,6 +129,7 @@ def train(cfg: TrainerConfig) -> HookBasedTrainer:
                 dataloaders={"val": DataLoader(unseen, batch_size=256)}, metrics=accuracy
             ),
             KeepBestConfig(monitor=VALIDATION, mode="max", path=workspace / "best.safetensors"),
+            SamplePredictionsConfig(mean=[0.5], std=[0.5]),
             ReportConfig(),
         ],
         run_folder=workspace,

@@ -16,6 +16,7 @@ HOOK_MODULES = {
     "Preemption": "preemption",
     "ProgressBarHook": "progress_bar",
     "Report": "report",
+    "SamplePredictions": "log_images",
     "SaveCheckpoint": "save_checkpoint",
     "SaveModel": "save_model",
     "StatsMonitor": "stats_monitor",

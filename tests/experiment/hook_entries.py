@@ -112,6 +112,19 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
     "Preemption": [{"signals": ["SIGTERM"], "exit_code": 75, "save_checkpoint": False}],
     "ProgressBarHook": [{"metrics": ["grad_norm"], "refresh_seconds": 0.25, "plain": True}],
     "Report": [{"every_seconds": 5.0}],
+    "SamplePredictions": [
+        {
+            "every": "2 epochs",
+            "images": "image",
+            "targets": "label",
+            "logits": "logits",
+            "name": "predictions",
+            "max_images": 4,
+            "labels": ["a", "b", "c"],
+            "mean": [0.5],
+            "std": [0.5],
+        }
+    ],
     "SaveCheckpoint": [
         {
             "every": "20 steps | 30 min",

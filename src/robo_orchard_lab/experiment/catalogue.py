@@ -52,7 +52,9 @@ from robo_orchard_lab import HOOK_MODULES
 def _read_catalogue() -> dict[str, str]:
     tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     at_top = {*tables.pop("exported_by_torchmetrics")["names"].split()}
-    hooks = {module: f"{hook} {hook}Config" for hook, module in HOOK_MODULES.items()}
+    hooks: dict[str, str] = {}
+    for hook, module in HOOK_MODULES.items():
+        hooks[module] = f"{hooks.get(module, '')} {hook} {hook}Config"
     catalogue: dict[str, str] = {}
     for public, modules in {"robo_orchard_lab.pipeline.hooks": hooks, **tables}.items():
         for module, names in modules.items():

@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from robo_orchard_lab.pipeline.hooks.keep_best import KeepBestConfig as KeepBestConfig
     from robo_orchard_lab.pipeline.hooks.log_images import LogImages as LogImages
     from robo_orchard_lab.pipeline.hooks.log_images import LogImagesConfig as LogImagesConfig
+    from robo_orchard_lab.pipeline.hooks.log_images import SamplePredictions as SamplePredictions
+    from robo_orchard_lab.pipeline.hooks.log_images import (
+        SamplePredictionsConfig as SamplePredictionsConfig,
+    )
     from robo_orchard_lab.pipeline.hooks.loss_tracker import LossTracker as LossTracker
     from robo_orchard_lab.pipeline.hooks.loss_tracker import LossTrackerConfig as LossTrackerConfig
     from robo_orchard_lab.pipeline.hooks.metric_tracker import MetricTracker as MetricTracker

@@ -1,4 +1,4 @@
-"""Hook that reports images of the batch or of the outputs."""
+"""Hooks that report images of the batch or of the outputs, and predictions of a classifier."""
 
 from __future__ import annotations
 
@@ -44,22 +44,23 @@ class LogImages(PipelineHooks):
             return
         try:
             found = args.batch if cfg.source == "batch" else args.model_outputs
-            images = self._restored(_select(found, cfg.key, f"args.{cfg.source}"))
+            images = _select(found, cfg.key, f"args.{cfg.source}")
+            images = images[: cfg.max_images] if images.ndim == 4 else images
+            images = _restored(images, cfg.mean, cfg.std)
         except Exception as error:  # the training continues without the images
             args.report.drop(cfg.name, error)
             return
         args.report.add_image(cfg.name, images)
 
-    def _restored(self, images: Any) -> Any:
-        """Return the first images of the batch, in their colors before the normalization."""
-        images = images[: self.cfg.max_images] if images.ndim == 4 else images
-        if self.cfg.mean is None or self.cfg.std is None:
-            return images
-        images = torch.as_tensor(images).float()
-        shape = (-1, 1, 1)  # channels first, as torchvision's Normalize requires
-        mean = images.new_tensor(self.cfg.mean).reshape(shape)
-        std = images.new_tensor(self.cfg.std).reshape(shape)
-        return (images * std + mean).clamp(0, 1)
+
+def _restored(images: Any, mean: list[float] | None, std: list[float] | None) -> Any:
+    """Return images in their colors before the normalization."""
+    if mean is None or std is None:
+        return images
+    images = torch.as_tensor(images).float()
+    shape = (-1, 1, 1)  # channels first, as torchvision's Normalize requires
+    means, stds = (images.new_tensor(values).reshape(shape) for values in (mean, std))
+    return (images * stds + means).clamp(0, 1)
 
 
 def _select(value: Any, key: str | None, place: str) -> Any:
@@ -109,6 +110,97 @@ class LogImagesConfig(PipelineHooksConfig[LogImages]):
         description="Name of the images.",
     )
     max_images: int = Field(default=16, ge=1, description="Maximum number of images to show.")
+    mean: list[float] | None = Field(
+        default=None, description="Mean of each channel that the data was normalized by."
+    )
+    std: list[float] | None = Field(
+        default=None, description="Standard deviation of each channel, to undo with the mean."
+    )
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("expected mean and std together, such as mean=[0.5] and std=[0.5]")
+
+
+class SamplePredictions(PipelineHooks):
+    """Images of a step's batch with an image classifier's predictions, the wrong ones first.
+
+    Reports a grid of images, and a table with truth, prediction and probability of each image. The
+    outputs are those of the training step, so no further forward pass is made.
+
+    - Ranks: the main process reports its own batch.
+    - State: none.
+    - Cost: where due, a copy of the shown images and of the labels to the host, which waits for the
+      device, and their encoding.
+
+    >>> SamplePredictionsConfig(every="1 epoch", labels=["cup", "door"])().name
+    'SamplePredictions'
+    """
+
+    keeps_trajectory = True
+    published_metrics = ()
+
+    def __init__(self, cfg: SamplePredictionsConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        hook = HookContext.from_callable(after=self._report)
+        self.register_hook("on_step", hook, when=cfg.every)
+
+    def _report(self, args: PipelineHookArgs) -> None:
+        cfg = self.cfg
+        if args.exception is not None or args.is_padding_step or not args.report.is_wanted:
+            return
+        try:
+            images = _select(args.batch, cfg.images, "args.batch")
+            truth = _select(args.batch, cfg.targets, "args.batch")
+            scores = _select(args.model_outputs, cfg.logits, "args.model_outputs")
+            if scores.ndim != 2 or truth.shape != scores.shape[:1] or len(images) != len(truth):
+                raise MediaError(
+                    "expected logits (B, C), targets (B) and images (B, ...), found shapes "
+                    f"{(*scores.shape,)}, {(*truth.shape,)} and {(*images.shape,)}"
+                )
+            probability, predicted = scores.detach().float().softmax(-1).max(-1)
+            right = predicted == truth
+            shown = right.int().argsort(stable=True)[: cfg.max_images]
+            found = torch.stack([truth.float(), predicted.float(), probability])[:, shown]
+            rows = [
+                (number, self._label(int(t)), self._label(int(p)), f"{share:.3f}", int(t) == int(p))
+                for number, (t, p, share) in enumerate(found.T.tolist(), start=1)  # a device sync
+            ]
+            images = _restored(images[shown], cfg.mean, cfg.std)
+        except Exception as error:  # the training continues without the images
+            args.report.drop(cfg.name, error)
+            return
+        args.report.add_image(cfg.name, images, caption=f"{int(right.sum())} of {len(right)} right")
+        columns = ("image", "truth", "prediction", "probability", "right")
+        args.report.add_table(f"{cfg.name}/labels", rows, columns)
+
+    def _label(self, index: int) -> str:
+        labels = self.cfg.labels
+        return labels[index] if labels is not None and 0 <= index < len(labels) else str(index)
+
+
+class SamplePredictionsConfig(PipelineHooksConfig[SamplePredictions]):
+    """Places of images, targets and logits, and trigger."""
+
+    class_type: type[SamplePredictions] = SamplePredictions
+    every: TriggerField = Field(
+        default="1 epoch", description="Trigger, such as '500 steps from 0'."
+    )
+    images: str = Field(default="0", description="Dotted key of the images in the batch.")
+    targets: str = Field(
+        default="1", description="Dotted key of the targets in the batch, as numbers of classes."
+    )
+    logits: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Dotted key of the logits in the outputs; default: the outputs themselves.",
+    )
+    name: str = Field(default="samples", min_length=1, description="Name of the images.")
+    max_images: int = Field(default=16, ge=1, description="Maximum number of images to show.")
+    labels: list[str] | None = Field(
+        default=None, description="Names of the classes; default: their numbers."
+    )
     mean: list[float] | None = Field(
         default=None, description="Mean of each channel that the data was normalized by."
     )

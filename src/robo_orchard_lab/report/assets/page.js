@@ -553,21 +553,39 @@
       el("p", { class: "soft" }, "Complete: all files have the recorded sizes. To compare digests: ", el("code", {}, `robo-orchard-lab checkpoint verify ${run.folder}`)));
   }
 
+  function mediaBody(item, label) {
+    if (item.text !== undefined) return el("div", { class: "scroll tall note code", tabIndex: 0, role: "region", "aria-label": label }, item.text);
+    if (item.columns) return table(item.columns, item.rows, label, item.rows.length > 12);
+    if (item.data && item.kind === "video") return el("video", { controls: true, src: item.data, "aria-label": label });
+    if (!item.data) return el("p", { class: "soft" }, item.problem);
+    const image = el("img", { src: item.data, alt: item.caption || label });
+    image.addEventListener("load", () => { if (image.naturalWidth < 400) image.className = "small"; });
+    return image;
+  }
+
+  // Of each name, one step is shown; the newest first.
+  function mediaFigure(name, items) {
+    const body = el("div", {});
+    const caption = el("span", {});
+    const show = (item) => {
+      const label = `${name}${item.step === null ? "" : `, step ${number(item.step)}`}`;
+      body.replaceChildren(mediaBody(item, label));
+      caption.textContent = `${label}${item.caption ? `: ${item.caption}` : ""}`;
+    };
+    show(items.at(-1));
+    const last = items.length - 1;
+    const slider = last ? el("input", { type: "range", min: "0", max: String(last), value: String(last), "aria-label": `Step of ${name}`, oninput: (event) => show(items[Number(event.target.value)]) }) : null;
+    return el("figure", {}, body, el("figcaption", {}, caption, slider));
+  }
+
   function mediaSection(run) {
     if (!run.media.length) return null;
-    const cell = (item) => {
-      const label = `${item.name}${item.step === null ? "" : `, step ${number(item.step)}`}`;
-      let body = el("p", { class: "soft" }, item.problem);
-      if (item.text !== undefined) body = el("div", { class: "scroll tall note code", tabIndex: 0, role: "region", "aria-label": label }, item.text);
-      else if (item.columns) body = table(item.columns, item.rows, label, item.rows.length > 12);
-      else if (item.data && item.kind === "video") body = el("video", { controls: true, src: item.data, "aria-label": label });
-      else if (item.data) {
-        body = el("img", { src: item.data, alt: item.caption || label });
-        body.addEventListener("load", () => { if (body.naturalWidth < 120) body.className = "small"; });
-      }
-      return el("figure", {}, body, el("figcaption", {}, label, item.caption ? `: ${item.caption}` : ""));
-    };
-    return section("media", "Media", el("div", { class: "media" }, run.media.map(cell)));
+    const names = new Map();
+    for (const item of run.media.toReversed()) {
+      if (!names.has(item.name)) names.set(item.name, []);
+      names.get(item.name).push(item);
+    }
+    return section("media", "Media", el("div", { class: "media" }, [...names].map(([name, items]) => mediaFigure(name, items))));
   }
 
   const NESTING = { on_epoch: "on_loop", on_step: "on_epoch", on_batch: "on_step", on_model_forward: "on_batch", on_model_backward: "on_batch", on_optimizer_step: "on_step", on_evaluation: "on_loop" };
