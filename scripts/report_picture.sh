@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Take the README's picture, docs/report.png, of a report in headless Chromium.
+# Take a picture of a report, docs/report.png of the README, in headless Chromium.
 #
 #     bash scripts/report_picture.sh runs/digits/report.html
 set -euo pipefail
@@ -9,6 +9,6 @@ profile=$(mktemp -d)
 trap 'rm -rf "$profile"' EXIT
 chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync \
     --disable-background-networking --disable-component-update --user-data-dir="$profile" \
-    --hide-scrollbars --window-size=1280,800 --virtual-time-budget=3000 \
+    --hide-scrollbars --window-size=1280,1920 --virtual-time-budget=3000 \
     --screenshot="$picture" "file://$(realpath "$1")" 2>/dev/null
 echo "wrote $picture"

@@ -87,6 +87,8 @@ class Report(PipelineHooks):
         self._start()
         if self._process is not None and not self._collect(_WAIT_S):
             logger.warning("process %d is still writing %s", self._process.pid, self._path)
+        elif self._writes.failure is None:
+            logger.info("%s: wrote %s", self.name, self._path)
 
     def _start(self) -> None:
         assert self._folder is not None

@@ -202,7 +202,7 @@
     if (parts[0] === "eval" && parts.length > 1) parts = parts.slice(Math.min(2, parts.length - 1));
     else if (parts[0] === "train" && parts.length > 1) parts = parts.slice(1);
     if (["loss", "lr", "grad_norm"].includes(parts[0])) return parts[0];
-    return parts.join("/");
+    return parts.join("/").replace(/_epoch$/, "");
   }
 
   const RANK = ["loss", "accuracy", "lr", "grad_norm"];
