@@ -18,7 +18,7 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader, Dataset
 
 from plain_ranks import autocast, average_gradients, rank_and_world_size, share_buffers
-from porting import State
+from porting import EpochOrder, State
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
     PipelineHookArgs,
@@ -102,9 +102,8 @@ class VQGAN(nn.Module):
 
 
 def make_loader(batch_size: int) -> DataLoader[torch.Tensor]:
-    return DataLoader(
-        Images(), batch_size, shuffle=True, generator=torch.Generator().manual_seed(2)
-    )
+    images = Images()
+    return DataLoader(images, batch_size, sampler=EpochOrder(images), generator=torch.Generator())
 
 
 # Plain loop
@@ -180,22 +179,26 @@ class VQGANLosses(SimpleBatchProcessor):
             yield "discriminator", model.discriminator_loss(batch)
 
 
+class LateDiscriminator(PipelineHooks):
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_batch.before(self.start)
+
+    def start(self, args: PipelineHookArgs) -> None:
+        losses = args.run.batch_processor
+        assert isinstance(losses, VQGANLosses)
+        losses.is_adversarial = args.global_step_id >= DISCRIMINATOR_START
+
+
 def build(run_folder: Path, resume_from: Any = None, precision: str = "no") -> HookBasedTrainer:
     torch.manual_seed(0)
     model = VQGAN()
-    losses = VQGANLosses()
-    start = PipelineHooks("start of the discriminator")
-
-    @start.on_batch.before
-    def start_discriminator(args: PipelineHookArgs) -> None:
-        losses.is_adversarial = args.global_step_id >= DISCRIMINATOR_START
-
     log = JsonLinesSinkConfig(path=str(run_folder / "log.jsonl"))
     return HookBasedTrainer(
         Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=ACCUMULATE),
         model,
         make_loader(BATCH),
-        losses,
+        VQGANLosses(),
         {
             name: Adam(getattr(model, name).parameters(), lr=2e-3, betas=(0.5, 0.9))
             for name in ("autoencoder", "discriminator")
@@ -204,7 +207,7 @@ def build(run_folder: Path, resume_from: Any = None, precision: str = "no") -> H
             ProgressBarHookConfig(),
             LossTrackerConfig(),
             MetricsLoggerConfig(every="2 steps", sinks=[log]),
-            start,
+            LateDiscriminator(),
             SaveCheckpointConfig(every="10 steps"),
         ],
         max_step=STEPS,
