@@ -152,6 +152,27 @@ def test_changed_fields_are_sorted_and_checked(capsys: pytest.CaptureFixture[str
     assert main([*changed, "--optimizer.lr", "1", "--resume", "never"]) == 0
 
 
+def test_weights_that_do_not_fit_leave_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights of another shape are refused at the option, before anything is written; a rule
+    begins the run.
+    """
+    assert main(["train", FILE, "--trainer.max_epoch", "1"]) == 0
+    other = ["train", FILE, "--from", str(RUN), "--run_folder", "runs/fine", "--model.outputs", "5"]
+    assert main([*other, "--trainer.max_epoch", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "command line: --from: init_from.path: runs/spirals/checkpoints/step_0000" in error
+    assert "layers.2.weight (shape 3x8, expected 5x8)" in error
+    assert not Path("runs/fine").exists()
+    rule = "--init_from.on_mismatch={layers.2.*: skip}"
+    assert main([*other, "--trainer.max_epoch", "1", rule]) == 0
+    assert start("runs/fine")["initial_weights"]["skipped"].keys() == {
+        *("layers.2.weight", "layers.2.bias")
+    }
+    RUN.rename("moved")  # a resume needs no source
+    assert main([*other, "--trainer.max_epoch", "2", rule]) == 0
+    assert start("runs/fine", 2)["initial_weights"] is None
+
+
 def test_the_learning_rate_is_changed_on_a_resume(capsys: pytest.CaptureFixture[str]) -> None:
     """``--allow trajectory`` sets a new learning rate and LR scheduler, shown before the first
     step; later resumes of the run keep both, also from the checkpoint before the change.

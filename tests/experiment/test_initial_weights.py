@@ -149,7 +149,7 @@ def test_rules_that_match_nothing_are_refused(
     """A misspelled pattern or prefix is an error, and the model stays as it was."""
     model = net()
     before = values(model)
-    with pytest.raises(StateError, match=problem):
+    with pytest.raises(ValueError, match=problem):
         load_weights(model, file, **options)
     assert_equal(values(model), before)
 

@@ -286,6 +286,10 @@ def test_compile_and_checkpointing_from_a_file(tmp_path: Path) -> None:
             {"compile": {"mode": "default", "options": {"max_autotune": True}}},
             "compile.options: can't be combined with mode",
         ),
+        (
+            {"compile": {"fullgraph": True}, "gradient_checkpointing": ["layers.0"]},
+            "compile.fullgraph: can't be combined with gradient_checkpointing",
+        ),
         ({"gradient_checkpointing": ["layer.0"]}, "gradient_checkpointing: 'layer.0' matches no"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing: MLP has no gradient_check"),
     ],

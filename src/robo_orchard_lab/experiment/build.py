@@ -48,10 +48,12 @@ from robo_orchard_lab.experiment.parts import (
     CHECKPOINT,
     AcceleratorConfig,
     ExperimentFields,
+    InitialWeights,
     LoaderConfig,
     LRSchedulerFields,
 )
 from robo_orchard_lab.experiment.resume_diff import lr_settings
+from robo_orchard_lab.experiment.run_checkpoints import list_checkpoints
 from robo_orchard_lab.experiment.run_plan import count_lr_scheduler_steps
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
@@ -61,8 +63,9 @@ from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.gradient_checkpointing import enable_gradient_checkpointing
 from robo_orchard_lab.pipeline.hook_set import HookLike
-from robo_orchard_lab.pipeline.hooks import ValidationHookConfig
+from robo_orchard_lab.pipeline.hooks import SaveCheckpoint, ValidationHookConfig
 from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit, check_lr_scheduler
+from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER
 from robo_orchard_lab.pipeline.media import flatten
 from robo_orchard_lab.pipeline.model import (
     NamedParameters,
@@ -168,7 +171,7 @@ def building(*path: str | int) -> Iterator[None]:
     except ConfigError:
         raise
     except (TypeError, ValueError, OSError) as error:
-        ours = isinstance(error, PipelineConfigError | StateError)
+        ours = isinstance(error, PipelineConfigError)
         problem = str(error) if ours else f"{type(error).__name__}: {error}"
         raise ConfigBuildError(problem, path) from error
     except Exception as error:
@@ -553,7 +556,10 @@ def build_experiment(
                 described = _described(complete.batch_processor, "batch_processor")
                 batch_processor = make_processor(described)
         built_hooks = build_hooks(complete, hooks or {}, loaders, folder)
-    resume = experiment.resume if resume is None else resume
+        resume = experiment.resume if resume is None else resume
+        report: WeightsReport | None = None
+        if experiment.init_from is not None and not _has_checkpoint(resume, built_hooks, folder):
+            report = _load_initial_weights(experiment.init_from, model)
     plain: dict[str, Any] | None = None
     with suppress(ConfigError):  # configs of live objects have no plain values
         plain = experiment.to_dict()
@@ -580,10 +586,8 @@ def build_experiment(
     )
     if plain is not None:
         trainer.report.hyperparameters = flatten(plain)
-    report = None
-    if experiment.init_from is not None and not trainer.resumed:
-        with fail_together(), building("init_from"):
-            report = load_weights(model, **field_values(experiment.init_from))
+    if trainer.resumed:
+        report = None
     return BuiltExperiment(
         experiment,
         folder,
@@ -598,6 +602,25 @@ def build_experiment(
         trainer,
         report,
     )
+
+
+def _has_checkpoint(
+    resume: str | os.PathLike[str], hooks: Mapping[str, PipelineHooks], folder: Path
+) -> bool:
+    """Return True if the trainer resumes, or refuses to, instead of starting fresh."""
+    if resume in ("auto", "never"):
+        savers = [hook for hook in hooks.values() if isinstance(hook, SaveCheckpoint)]
+        root = savers[0].root(folder) if savers else folder / CHECKPOINTS_FOLDER
+        return resume == "auto" and bool(list_checkpoints(root).infos)
+    return True
+
+
+def _load_initial_weights(config: InitialWeights, model: torch.nn.Module) -> WeightsReport:
+    with building("init_from"):
+        try:
+            return load_weights(model, **field_values(config))
+        except StateError as error:
+            raise ConfigBuildError(str(error), ("path",)) from error
 
 
 def _by_name(objects: Any) -> dict[str, Any]:

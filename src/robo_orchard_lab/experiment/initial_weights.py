@@ -15,10 +15,15 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch.nn.parameter import is_lazy
 
-from robo_orchard_core.utils.config.errors import did_you_mean, suggest_name
+from robo_orchard_core.utils.config.errors import (
+    ConfigFieldError,
+    did_you_mean,
+    suggest_name,
+)
 from robo_orchard_core.utils.logging import visible
 from robo_orchard_core.utils.strict_json import JsonError, parse_json
 from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
+from robo_orchard_lab.experiment.run_folder import NoRunError
 from robo_orchard_lab.pipeline.checkpoint import ReadLimits, non_finite_names
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint, read_tensor_file
@@ -142,7 +147,12 @@ class SavedWeights:
             inner = (path / f"{_FILE}{_INDEX}", path / _FILE)
             files = [] if (path / MANIFEST_FILE).exists() else [f for f in inner if f.exists()]
         if not files:
-            return cls.from_checkpoint(find_checkpoints(path).pick(best=best))
+            try:
+                return cls.from_checkpoint(find_checkpoints(path).pick(best=best))
+            except NoRunError as error:
+                if best:
+                    error.problem += "; name the file of a KeepBest, or the newest checkpoint"
+                raise
         if best:
             raise CheckpointError(f"{path} holds weights of one step; leave out the best")
         if files[0].name.endswith(_INDEX):
@@ -265,9 +275,10 @@ def load_weights(
 
     Raises:
         CheckpointError: The weights can't be read.
-        StateError: Nothing matches, a pattern or prefix matches nothing, two names become one, or
-            a shape or kind of number differs without a rule; the message lists the entries.
-        ConfigError: The run has no checkpoint, or none is known as the best.
+        StateError: Nothing matches, or a shape or kind of number differs without a rule; the
+            message lists the entries.
+        ConfigError: A pattern or prefix matches nothing, two names become one, the run has no
+            checkpoint, or none is known as the best.
     """
     saved = SavedWeights.find(path, best=checkpoint == "best")
     if weights is not None:
@@ -283,7 +294,8 @@ def load_weights(
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in live):
                 advice = did_you_mean(pattern, live) or f"it has {', '.join([*live][:20])}"
-                raise StateError(f"{option}: {pattern!r} matches no name in the model; {advice}")
+                unmatched = f"{pattern!r} matches no name in the model; {advice}"
+                raise ConfigFieldError(unmatched, (option,))
     loaded: dict[str, Any] = {}
     resized: dict[str, str] = {}
     skipped: dict[str, str] = {}
@@ -345,12 +357,13 @@ def _renamed(weights: Mapping[str, Any], prefixes: Mapping[str, str], path: Path
         new = name if prefix is None else prefixes[prefix] + name[len(prefix) :]
         used.add(prefix)
         if new in found:
-            raise StateError(f"rename: two entries of {path} become {new!r}; change the prefixes")
+            problem = f"two entries of {path} become {new!r}; change the prefixes"
+            raise ConfigFieldError(problem, ("rename",))
         found[new] = value
     for prefix in prefixes:
         if prefix not in used:
-            problem = f"rename: no name in {path} begins with {prefix!r}"
-            raise StateError(f"{problem}; it has {_names(weights)}")
+            problem = f"no name in {path} begins with {prefix!r}; it has {_names(weights)}"
+            raise ConfigFieldError(problem, ("rename",))
     return found
 
 

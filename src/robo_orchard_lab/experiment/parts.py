@@ -649,6 +649,12 @@ class ExperimentFields(Config):
             )
         _check_optimizers(self.optimizer, self.lr_scheduler)
         check_stand_ins(self)
+        if self.gradient_checkpointing and self.compile is not None and self.compile.fullgraph:
+            raise ConfigFieldError(
+                "can't be combined with gradient_checkpointing, whose modules are graph breaks; "
+                "remove one of them",
+                ("compile", "fullgraph"),
+            )
         hooks: dict[tuple[str, ...], Any] = {("hooks", n): hook for n, hook in self.hooks.items()}
         if self.checkpoint is not None:
             hooks[CHECKPOINT,] = self.checkpoint

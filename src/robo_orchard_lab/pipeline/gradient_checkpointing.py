@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from robo_orchard_core.utils.config.errors import did_you_mean
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 
-_OWN_METHOD = "gradient_checkpointing_enable"
+_KINDS = ("activation", "gradient")  # of checkpointing: the name in newer Transformers, and before
 
 
 def enable_gradient_checkpointing(
@@ -39,14 +39,7 @@ def enable_gradient_checkpointing(
             the model has no method of its own.
     """
     if modules is None:
-        enable = getattr(model, _OWN_METHOD, None)
-        if not callable(enable):
-            raise PipelineConfigError(
-                f"{type(model).__name__} has no {_OWN_METHOD}(); name the modules by patterns, "
-                "such as ['blocks.*']"
-            )
-        options: dict[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-        enable(**(options if options.keys() <= inspect.signature(enable).parameters.keys() else {}))
+        _call_own_method(model)
         return
     named = {name: module for name, module in model.named_modules() if name}
     found: dict[torch.nn.Module, str] = {}
@@ -62,6 +55,19 @@ def enable_gradient_checkpointing(
     for module in found:
         if module not in inner:  # its outer module computes it again
             module.forward = partial(checkpointed, module.forward)
+
+
+def _call_own_method(model: torch.nn.Module) -> None:
+    for kind in _KINDS:
+        if callable(enable := getattr(model, f"{kind}_checkpointing_enable", None)):
+            option = f"{kind}_checkpointing_kwargs"
+            has_option = option in inspect.signature(enable).parameters
+            enable(**({option: {"use_reentrant": False}} if has_option else {}))
+            return
+    raise PipelineConfigError(
+        f"{type(model).__name__} has no gradient_checkpointing_enable(); name the modules by "
+        "patterns, such as ['blocks.*']"
+    )
 
 
 def _checkpointed(forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
