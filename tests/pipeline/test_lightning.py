@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import warnings
@@ -18,11 +19,17 @@ from pytorch_lightning.demos.boring_classes import BoringModel
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau, StepLR
 
 from launching import SCRIPTS, launch
-from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
+from robo_orchard_lab.pipeline import (
+    HookBasedTrainer,
+    PipelineHookArgs,
+    PipelineHooks,
+    lightning,
+)
 from robo_orchard_lab.pipeline.errors import (
     BatchProcessorError,
     PipelineConfigError,
     PipelineStateError,
+    StateError,
     UnknownMetricError,
 )
 from robo_orchard_lab.pipeline.evaluator import Evaluator
@@ -34,6 +41,7 @@ from robo_orchard_lab.pipeline.hooks import (
     ValidationHookConfig,
 )
 from robo_orchard_lab.pipeline.lightning import LightningModuleProcessor
+from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig, read_metrics
 from tiny import equal, make_loader, make_model, weights
 
@@ -728,3 +736,48 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
                 assert two[kind]["values"][name] == pytest.approx(value, rel=1e-4), name
         assert two[kind]["values"]["8 eval/val/rank"] == 0.5  # the mean over ranks
     assert two["True"]["weights"] == pytest.approx(two["False"]["weights"], rel=1e-6)
+
+
+def test_the_adapter_imports_nothing_of_lightning() -> None:
+    """No module of the package imports Lightning, which only the user's module needs."""
+    package = Path(lightning.__file__).parents[1]
+    names = [
+        name
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+    ]
+    assert "torch" in names
+    assert not [n for n in names if n.partition(".")[0] in ("lightning", "pytorch_lightning")]
+
+
+def test_values_of_two_ranks_are_merged_for_one() -> None:
+    """Sums and metrics of an open epoch on two ranks become those of one rank."""
+    states = []
+    for rank in range(2):
+        module = Logging()
+        hooks: Any = LightningModuleProcessor(module).hooks()
+        hooks.of_epoch.publish("a_epoch", float(rank), weight=1 + rank)
+        module.train_error.update(torch.full((2,), float(rank)), torch.zeros(2))
+        states.append(hooks.state_dict())
+    module = Logging()
+    hooks = LightningModuleProcessor(module).hooks()
+    (merged,) = hooks.redistribute_states(states, 1)
+    hooks.check_state(merged, module)
+    hooks.load_state_dict(merged)
+    assert module.train_error.compute() == 0.5
+    board = MetricsBoard()
+    board.publish_all(hooks.of_epoch)
+    record = board.flush(log=True)
+    assert record is not None
+    assert {v.name: v.value for v in record.values} == {"a_epoch": pytest.approx(2 / 3)}
+
+
+def test_a_state_of_other_lr_schedulers_is_refused() -> None:
+    """A checkpoint with fewer LR schedulers of the module is an error before anything changes."""
+    module = Adversarial()
+    hooks = LightningModuleProcessor(module).hooks()
+    state = hooks.state_dict()
+    with pytest.raises(StateError, match="expected 2 LR schedulers of the module, found 1"):
+        hooks.check_state({**state, "lr_schedulers": state["lr_schedulers"][:1]}, module)
