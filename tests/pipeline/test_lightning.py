@@ -306,6 +306,31 @@ def test_a_stopped_run_resumes_exactly(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
+def test_a_rollback_does_not_end_the_training(tmp_path: Path) -> None:
+    """A rolled-back run logs as an uninterrupted run, and ends the training once."""
+    ends: list[int] = []
+    hooks = PipelineHooks("notes")
+
+    @hooks.on_epoch.after
+    def roll_back(args: PipelineHookArgs) -> None:
+        if args.epoch_id == 1 and len(rolled_back) < 1:
+            rolled_back.append(args.global_step_id)
+            args.requests.rollback("a test")
+
+    rolled_back: list[int] = []
+    values = []
+    for is_rolled_back in (False, True):
+        module = type("Ending", (Logging,), {"on_train_end": lambda self: ends.append(1)})()
+        sink = JsonLinesSinkConfig(path=str(tmp_path / f"{is_rolled_back}.jsonl"))
+        save = SaveCheckpointConfig(every="1 epoch", folder=tmp_path / f"{is_rolled_back}")
+        logger = MetricsLoggerConfig(every="1 epoch", sinks=[sink])
+        make_trainer(module, [logger, save, *([hooks] if is_rolled_back else [])])()
+        values.append(values_in(tmp_path / f"{is_rolled_back}.jsonl"))
+    assert rolled_back == [14]
+    assert ends == [1, 1]
+    assert values[0] == values[1]
+
+
 class OfTrainer(Regression):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = super().training_step(batch, batch_idx)

@@ -156,7 +156,8 @@ class LightningModuleHooks(PipelineHooks):
             )
 
     def _end_loop(self, args: PipelineHookArgs) -> None:
-        if args.exception is None:
+        # A rollback enters the loop again.
+        if args.exception is None and args.requests.rollback_request is None:
             self.epoch = args.epoch_id
             self._call("on_train_end")
             self._call("on_fit_end")
