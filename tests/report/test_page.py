@@ -161,6 +161,30 @@ def test_links_and_pipes_in_a_run_folder_are_not_read(run: Path, tmp_path: Path)
     assert [event["event"] for event in story["events"]] == ["save", "save"]
 
 
+def test_folders_that_lead_out_are_not_read(run: Path, tmp_path: Path) -> None:
+    """A page embeds no image and shows no metric of a folder outside that a link names."""
+    private = tmp_path / "private"
+    write_metrics(private, [record(1, secret=1.0)])
+    (private / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
+    entry = {"name": "a", "kind": "image", "file": "photo.png"}
+    (private / "index.jsonl").write_text(json.dumps(entry) + "\n")
+    (run / "media").symlink_to(private)
+    sink = {"class_type": "JsonLinesSink", "path": "media/metrics.jsonl"}
+    (run / "config.yaml").write_text(json.dumps({"hooks": {"log": {"sinks": [sink]}}}))
+    story = read_story(run)
+    assert (story["media"], "secret" in story["series"]) == ([], False)
+    assert "media is a link out of the run folder, and is not read" in story["problems"]
+    (run / "media").unlink()
+    (run / "media" / "inner").mkdir(parents=True)
+    (run / "media" / "out").symlink_to(private)
+    lines = [json.dumps({**entry, "file": f"{name}/photo.png"}) for name in ("out", "inner")]
+    (run / "media" / "index.jsonl").write_text("\n".join(lines))
+    assert [item["problem"] for item in read_story(run)["media"]] == [
+        "inner/photo.png is missing or can't be read",
+        "the index names no file within the folder",
+    ]
+
+
 def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:
     """A page of a folder without files says what is missing."""
     story = Page(render([tmp_path])).data["runs"][0]

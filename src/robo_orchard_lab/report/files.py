@@ -10,8 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from robo_orchard_core.utils.untrusted_text import path_problem
+
 MAX_JSON_BYTES = 16 << 20
 MAX_LINE_BYTES = 4 << 20
+MAX_LINES_BYTES = 4 << 30
 _MAX_DEPTH = 40
 
 
@@ -22,6 +25,18 @@ class Problems(list[str]):
         """Add a description, once."""
         if text not in self:
             self.append(text)
+
+
+def inside(folder: Path, path: str) -> Path | None:
+    """Return the path in a folder; None if ``..`` or a link leads out.
+
+    >>> inside(Path("run"), "media/a.png"), inside(Path("run"), "../a.png")
+    (PosixPath('run/media/a.png'), None)
+    """
+    found = folder / path
+    root = os.path.realpath(folder)
+    is_inside = Path(os.path.realpath(found.parent)).is_relative_to(root)
+    return found if is_inside and not path_problem(path) else None
 
 
 def open_regular(path: Path) -> int:
@@ -107,10 +122,14 @@ def read_lines(
         problems: receives the problems at the end.
         accept: filter of lines before they are parsed.
     """
-    damaged, is_cut = 0, False
+    damaged, is_cut, size = 0, False, 0
     try:
         with open(open_regular(path), "rb") as file:
             while line := file.readline(MAX_LINE_BYTES):
+                size += len(line)
+                if size > MAX_LINES_BYTES:
+                    problems.add(f"of {path.name}, {MAX_LINES_BYTES >> 30} GiB are read")
+                    break
                 is_complete = line.endswith(b"\n")
                 if not is_complete and len(line) == MAX_LINE_BYTES:
                     damaged += 1

@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from robo_orchard_core.utils.untrusted_text import path_problem
 from robo_orchard_lab.report.files import (
     Problems,
+    inside,
     mapping,
     parse_json,
     read_bytes,
@@ -48,10 +48,11 @@ def media_type(data: bytes) -> str | None:
 
 def read_media(folder: Path, problems: Problems) -> list[dict[str, Any]]:
     """Read media/index.jsonl and its files, the newest first; images and videos are embedded."""
-    by_file = {
-        text(entry.get("file"), limit=300): entry
-        for entry in read_lines(folder / MEDIA / "index.jsonl", problems)
-    }
+    index = inside(folder, f"{MEDIA}/index.jsonl")
+    if index is None:
+        problems.add(f"{MEDIA} is a link out of the run folder, and is not read")
+        return []
+    by_file = {text(entry.get("file"), limit=300): entry for entry in read_lines(index, problems)}
     if len(by_file) > _MAX_ITEMS:
         problems.add(f"of {len(by_file):,} media, the newest {_MAX_ITEMS} are shown")
     found, rest = [], MAX_EMBEDDED_BYTES
@@ -62,10 +63,10 @@ def read_media(folder: Path, problems: Problems) -> list[dict[str, Any]]:
             "kind": text(entry.get("kind"), "image", 20),
             "caption": text(entry.get("caption"), limit=1000),
         }
-        data = None
-        if not file or path_problem(file):
+        data, path = None, inside(index.parent, file)
+        if not file or path is None:
             item["problem"] = "the index names no file within the folder"
-        elif (data := read_bytes(folder / MEDIA / file, problems, _MAX_FILE_BYTES)) is None:
+        elif (data := read_bytes(path, problems, _MAX_FILE_BYTES)) is None:
             item["problem"] = f"{file} is missing or can't be read"
         elif len(data) > rest:
             item["problem"] = f"{file} is not embedded: the page is large enough"

@@ -20,6 +20,7 @@ from robo_orchard_lab.experiment.overrides import leaves
 from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, RUN_STATE, STARTS
 from robo_orchard_lab.report.files import (
     Problems,
+    inside,
     items,
     mapping,
     open_regular,
@@ -74,7 +75,7 @@ class Configuration:
             for sink in [*mapping(sinks).values(), *items(sinks)]:
                 name, path = text(mapping(sink).get("class_type")), mapping(sink).get("path")
                 if name.endswith("JsonLinesSink") and isinstance(path, str):
-                    return folder / ("metrics.jsonl" if path_problem(path) else path)
+                    return inside(folder, path) or folder / "metrics.jsonl"
         return folder / "metrics.jsonl"
 
 

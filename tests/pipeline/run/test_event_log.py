@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,20 @@ def test_events_that_cannot_be_written_are_reported_once(
         f"the trainer: writing {tmp_path / 'events.jsonl'}"
     ]
     assert (tmp_path / "other").read_text() == ""
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_forked_processes_record_nothing(tmp_path: Path) -> None:
+    """A worker that was forked while an event was recorded neither waits nor records."""
+    log = EventLog(TrainerProgress())
+    with log.recording(tmp_path):
+        log.add("save", "first")
+        child = os.fork()
+        if child == 0:
+            log.add("warning", "of a worker")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    assert [event["text"] for event in events(tmp_path)] == ["first"]
 
 
 def test_warnings_reach_standard_error_without_logging(tmp_path: Path) -> None:

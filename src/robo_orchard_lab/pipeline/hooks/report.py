@@ -25,6 +25,12 @@ logger = job_logger(__name__)
 REPORT_FILE = "report.html"
 _WAIT_S = 30.0  # for a report at the end of the run; another one then goes on by itself
 _NICENESS = 10
+_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+# As ``python -m robo_orchard_lab``, with the package of this process.
+_PROGRAM = (
+    "import sys; package = sys.argv.pop(1); package in sys.path or sys.path.insert(0, package); "
+    "from robo_orchard_lab.cli.main import main; sys.exit(main())"
+)
 
 
 class Report(PipelineHooks):
@@ -93,14 +99,12 @@ class Report(PipelineHooks):
     def _start(self) -> None:
         assert self._folder is not None
         self._started_at = time.monotonic()
-        package = str(Path(__file__).parents[3])
-        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        kept = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+        package, folder = str(Path(__file__).parents[3]), str(self._folder)
         self._errors = TemporaryFile()  # noqa: SIM115 - closed with the process
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "robo_orchard_lab", "report", str(self._folder)],
-                env={**kept, "PYTHONPATH": path},
+                [sys.executable, "-P", "-c", _PROGRAM, package, "report", folder],
+                env={name: value for name, value in os.environ.items() if name not in _OF_RANKS},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
@@ -138,9 +142,6 @@ class Report(PipelineHooks):
 
     def _failed(self, error: Exception) -> None:
         self._writes.failed(f"writing {self._path}", error, "the run continues")
-
-
-_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 class ReportConfig(PipelineHooksConfig[Report]):

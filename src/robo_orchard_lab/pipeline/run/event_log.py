@@ -34,6 +34,7 @@ class EventLog:
 
     def __init__(self, progress: TrainerProgress) -> None:
         self._progress = progress
+        self._process = os.getpid()
         self._path: Path | None = None
         self._counts: Counter[str] = Counter()
         self._writes = RetriedWrite("the trainer")
@@ -61,6 +62,8 @@ class EventLog:
             text: description for people, in one line.
             step: number of completed steps; by default of the run, with an open step.
         """
+        if os.getpid() != self._process:  # a forked worker has neither the lock nor the counters
+            return
         with self._lock:
             self._counts[kind] += 1
             if self._path is None or self._counts[kind] > MAX_OF_A_KIND:
@@ -85,7 +88,8 @@ class EventLog:
 
 
 def _append(path: Path, line: bytes) -> None:
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    names = ("NOFOLLOW", "NONBLOCK", "CLOEXEC", "BINARY")
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | sum(getattr(os, f"O_{n}", 0) for n in names)
     try:
         descriptor = os.open(path, flags, 0o666)
     except FileNotFoundError:  # the run folder was removed
