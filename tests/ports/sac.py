@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim import Adam
+from torch.utils.data import Dataset
 
 from plain_ranks import autocast, average_gradients, rank_and_world_size
 from porting import State, logged
@@ -74,6 +75,16 @@ def mlp(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, outputs))
 
 
+class Updates(Dataset[int]):
+    """Data of an experiment file: as many items as updates, which a hook replaces by batches."""
+
+    def __len__(self) -> int:
+        return UPDATES
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
 class Agent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -123,25 +134,25 @@ class Agent(nn.Module):
 class Experience:
     """Acts in the environment, and keeps the transitions in a replay buffer."""
 
-    def __init__(self, agent: Agent, rank: int) -> None:
-        self.agent, self.env = agent, Pendulum(rank)
+    def __init__(self, rank: int) -> None:
+        self.env = Pendulum(rank)
         self.generator = torch.Generator().manual_seed(100 + rank)
         self.buffer: dict[str, list[torch.Tensor]] = {name: [] for name in FIELDS}
         self.total, self.returns = 0.0, list[float]()
 
-    def next_batch(self) -> Batch:
+    def next_batch(self, agent: Agent) -> Batch:
         """Act for a step, at first for more, and return random transitions."""
-        self.step()
+        self.step(agent)
         while (steps := len(self.buffer["obs"])) < LEARNING_STARTS:
-            self.step()
+            self.step(agent)
         chosen = torch.randint(steps, (BATCH,), generator=self.generator).tolist()
         return {name: torch.stack([kept[i] for i in chosen]) for name, kept in self.buffer.items()}
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, agent: Agent) -> None:
         obs, noise = self.env.obs, torch.randn(1, generator=self.generator)
         is_random = len(self.buffer["obs"]) < LEARNING_STARTS
-        action = noise.clamp(-1, 1) if is_random else self.agent.act(obs, noise)[0]
+        action = noise.clamp(-1, 1) if is_random else agent.act(obs, noise)[0]
         next_obs, reward, done = self.env.step(action)
         transition = (obs, action, torch.tensor(reward), next_obs, torch.tensor(done))
         for name, value in zip(FIELDS, transition, strict=True):
@@ -175,7 +186,7 @@ def train_plainly(folder: Path, precision: str = "no") -> State:
     torch.manual_seed(0)
     rank, _ = rank_and_world_size()
     agent = Agent()
-    experience = Experience(agent, rank)
+    experience = Experience(rank)
     critics_optimizer = Adam(agent.critics.parameters(), lr=3e-3)
     actor_optimizer = Adam(agent.actor.parameters(), lr=1e-3)
     alpha_optimizer = Adam([agent.log_alpha], lr=1e-3)
@@ -191,7 +202,7 @@ def train_plainly(folder: Path, precision: str = "no") -> State:
         update = saved["update"]
     log = (folder / f"log{rank}.jsonl").open("a")
     while update < UPDATES:
-        batch = experience.next_batch()
+        batch = experience.next_batch(agent)
         with autocast(precision):
             losses["critics"] = agent.critics_loss(batch)
         critics_optimizer.zero_grad()
@@ -260,15 +271,18 @@ class SAC(SimpleBatchProcessor):
 class Rollouts(PipelineHooks):
     """Acts before each step: a loader of several ranks would load a batch ahead."""
 
-    def __init__(self, agent: Agent, sac: SAC, rank: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.sac, self.experience = sac, Experience(agent, rank)
+        self.experience = Experience(PartialState().process_index)
         self.on_step.before(self.act)
         self.on_step.after(self.publish_returns)
 
     def act(self, args: PipelineHookArgs) -> None:
-        args.batch = self.experience.next_batch()
-        self.sac.is_policy_due = args.global_step_id % POLICY_FREQUENCY == 0
+        sac, agent = args.run.batch_processor, args.model
+        assert isinstance(sac, SAC)
+        assert isinstance(agent, Agent)
+        sac.is_policy_due = args.global_step_id % POLICY_FREQUENCY == 0
+        args.batch = self.experience.next_batch(agent)
 
     def publish_returns(self, args: PipelineHookArgs) -> None:
         for value in self.experience.returns:
@@ -284,14 +298,13 @@ class Rollouts(PipelineHooks):
 
 def build(run_folder: Path, resume_from: Any = None, precision: str = "no") -> HookBasedTrainer:
     torch.manual_seed(0)
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
-    agent, sac = Agent(), SAC()
+    agent = Agent()
     log = JsonLinesSinkConfig(path=str(run_folder / "log.jsonl"))
     return HookBasedTrainer(
-        accelerator,
+        Accelerator(cpu=True, mixed_precision=precision),
         agent,
         [None] * UPDATES,
-        sac,
+        SAC(),
         {
             "critics": Adam(agent.critics.parameters(), lr=3e-3),
             "actor": Adam(agent.actor.parameters(), lr=1e-3),
@@ -301,7 +314,7 @@ def build(run_folder: Path, resume_from: Any = None, precision: str = "no") -> H
             ProgressBarHookConfig(),
             LossTrackerConfig(),
             MetricsLoggerConfig(every="10 steps", sinks=[log]),
-            Rollouts(agent, sac, accelerator.process_index),
+            Rollouts(),
             SaveCheckpointConfig(every="20 steps"),
         ],
         max_epoch=1,
@@ -312,8 +325,9 @@ def build(run_folder: Path, resume_from: Any = None, precision: str = "no") -> H
 
 def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
     assert logged(run_folder / "log.jsonl", "rollout/return")
+    (rollouts,) = (hook for hook in trainer.hooks.all_hooks() if isinstance(hook, Rollouts))
     return {
         "model": trainer.model.state_dict(),
         "optimizers": {name: each.state_dict() for name, each in trainer.optimizers.items()},
-        "buffer": trainer.hooks.state_dict()["Rollouts"]["buffer"],
+        "buffer": rollouts.experience.state_dict()["buffer"],
     }

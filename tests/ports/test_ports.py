@@ -69,7 +69,7 @@ def test_several_optimizers_equal_the_plain_loop_on_two_ranks(port: Port, tmp_pa
 
 @pytest.mark.filterwarnings(SEQUENTIAL_LR)
 @pytest.mark.parametrize(
-    "port", [classification, diffusion_policy, dcgan, vqgan], ids=lambda p: p.__name__
+    "port", [classification, diffusion_policy, *WITH_SEVERAL_OPTIMIZERS], ids=lambda p: p.__name__
 )
 def test_experiment_file_trains_the_same(port: Port, tmp_path: Path) -> None:
     """The port's experiment file, stopped and resumed, ends in the plain loop's state."""
