@@ -18,7 +18,7 @@ from launching import launch
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/moving_over.md").read_text("utf-8")
 BEGIN, *SECTIONS = PAGE.split("\n## From ")
-OTHERS_OF_LIGHTNING = [(0, 2), (3, 4), (5, 6), (7, 8)]  # pairs after the first
+OTHERS_OF_LIGHTNING = [(0, 2), (3, 4), (5, 6), (7, 8), (9, 10)]  # pairs after the first
 PACKAGES = {
     "Lightning": "pytorch_lightning",
     "Transformers' Trainer": "transformers",
@@ -81,7 +81,7 @@ def test_each_package_has_a_pair_of_scripts() -> None:
         name: ["HookBasedTrainer" in script for script in scripts]
         for name, scripts in SCRIPTS.items()
     }
-    of_lightning = [False, True, True, *[False, True] * 3]
+    of_lightning = [False, True, True, *[False, True] * 4]
     assert are_ours == {name: [False, True] for name in PACKAGES} | {"Lightning": of_lightning}
 
 
