@@ -611,6 +611,29 @@ def test_another_model_is_refused() -> None:
             trainer()
 
 
+def test_several_loaders_of_one_hook_are_refused_before_the_first_step() -> None:
+    """A module can't tell loaders apart: each needs a ValidationHook of its own."""
+
+    def train(hooks: dict[str, Any]) -> HookBasedTrainer:
+        module = Regression()
+        adapter = LightningModuleProcessor(module)
+        loader, optimizers = make_loader(), adapter.optimizers()
+        hooks = {"module": adapter.hooks(), **hooks}
+        trainer = HookBasedTrainer(
+            Accelerator(cpu=True), module, loader, adapter, **optimizers, hooks=hooks, max_epoch=1
+        )
+        trainer()
+        return trainer
+
+    def validation(*names: str) -> Any:
+        return ValidationHookConfig()(dataloaders={name: make_loader(2) for name in names})
+
+    with pytest.raises(PipelineConfigError, match=r"first.dataloaders: expected one loader.*a, b"):
+        train({"first": validation("a", "b")})
+    trainer = train({"first": validation("a"), "second": validation("b")})
+    assert {"eval/a/val_loss", "eval/b/val_loss"} <= {*trainer.metrics.names()}
+
+
 def test_an_unknown_value_to_monitor_is_refused_before_the_first_step() -> None:
     """A name that ``validation_step`` does not log is an error that lists the logged names."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -126,6 +127,8 @@ class LightningModuleHooks(PipelineHooks):
 
     def _begin_loop(self, args: PipelineHookArgs) -> None:
         self._run, self.epoch = args.run, args.epoch_id
+        if self._adapter.overrides("validation_step"):
+            args.run.start_checks.insert(0, partial(_check_loaders, args.run))
         self._call("on_fit_start")
         self._call("on_train_start")
 
@@ -216,13 +219,8 @@ class LightningModuleHooks(PipelineHooks):
     def _begin_evaluation(self, args: PipelineHookArgs) -> None:
         if not self._adapter.overrides("validation_step"):
             return
-        loaders = [n for n, who in args.run.evaluated_loaders.items() if who == args.evaluation]
-        if len(loaders) != 1:
-            raise PipelineConfigError(
-                f"{args.evaluation} evaluates {', '.join(loaders)}; a LightningModule needs a "
-                "ValidationHook for each loader and weights: hooks={'val': ..., 'other': ...}"
-            )
-        self.loader, self.evaluated_batches = loaders[0], 0
+        (self.loader,) = _loaders_of(args.run, args.evaluation)
+        self.evaluated_batches = 0
         with args.evaluating():
             self._begin_values()
 
@@ -296,6 +294,22 @@ class LightningModuleHooks(PipelineHooks):
             {**states[0], "values": own, "metrics": metrics}
             for own, metrics in zip(values, merged, strict=True)
         ]
+
+
+def _loaders_of(run: PipelineRun, hook: str | None) -> list[str]:
+    """Return the names of the loaders that a hook evaluates, with those of its weights."""
+    return [name for name, owner in run.evaluated_loaders.items() if owner == hook]
+
+
+def _check_loaders(run: PipelineRun) -> None:
+    """Refuse an evaluation of several loaders, whose batches a module can't tell apart."""
+    for hook in dict.fromkeys(run.evaluated_loaders.values()):
+        if len(loaders := _loaders_of(run, hook)) != 1:
+            raise PipelineConfigError(
+                f"{run.locate(hook, 'dataloaders')}: expected one loader with one set of weights "
+                f"for a LightningModule, found {', '.join(loaders)}; add a ValidationHook for "
+                "each: hooks={'val': ..., 'other': ...}"
+            )
 
 
 def _compute(metrics: dict[str, Any]) -> dict[str, Any]:
