@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,7 +280,8 @@ class MediaFolder:
         self._folder = folder
         self._index = folder / "index.jsonl"
         self._lines: dict[str, bytes] = {}  # by file
-        self._counts: dict[tuple[str, int], int] = {}  # records of this process
+        self._counts = Counter[str]()  # of this step's records by name, in this process
+        self._counted_step = 0
         self._writes = RetriedWrite("report", logger)
 
     def open(self, step: int) -> None:
@@ -304,8 +306,11 @@ class MediaFolder:
 
     def write(self, media: Media) -> None:
         """Write a file, and then its line, except for a line that a resumed run has already."""
-        key = media.name, media.step
-        number = self._counts[key] = self._counts.get(key, 0) + 1
+        if media.step != self._counted_step:
+            self._counts.clear()
+            self._counted_step = media.step
+        self._counts[media.name] += 1
+        number = self._counts[media.name]
         suffix = f"-{number}" if number > 1 else ""
         file = f"{media.name}/{media.step:08d}{suffix}.{_SUFFIX[media.kind]}"
         entry: dict[str, Any] = {"step": media.step, "kind": media.kind, "name": media.name}
