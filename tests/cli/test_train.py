@@ -169,6 +169,7 @@ def test_weights_that_do_not_fit_leave_no_run(capsys: pytest.CaptureFixture[str]
         *("layers.2.weight", "layers.2.bias")
     }
     RUN.rename("moved")  # a resume needs no source
+    assert main([*other, "--trainer.max_epoch", "2", rule, "--dry-run"]) == 0
     assert main([*other, "--trainer.max_epoch", "2", rule]) == 0
     assert start("runs/fine", 2)["initial_weights"] is None
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
+from launching import SCRIPTS, launch
 from robo_orchard_lab.experiment.initial_weights import load_weights
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
@@ -289,3 +290,11 @@ def test_requires_grad_stays(file: Path) -> None:
     model.get_submodule("body").requires_grad_(False)
     load_weights(model, file)
     assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+
+
+def test_weights_are_loaded_into_shards(tmp_path: Path) -> None:
+    """A model that is sharded by FSDP2 gets its shards of complete values."""
+    old = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    save_file(old.state_dict(), tmp_path / "old.safetensors")
+    done = launch(SCRIPTS / "begin_on_ranks.py", tmp_path / "old.safetensors")
+    assert done.stderr.count("weights from") == 1

@@ -264,6 +264,8 @@ def print_dry_run(experiment: ExperimentConfig, start: RunStart, *, as_json: boo
     from robo_orchard_lab.experiment.dry_run import dry_run
 
     _check_single_process("--dry-run")
+    if start.step is not None:  # weights to begin with are for a new run
+        experiment = experiment.model_copy(update={"init_from": None})
     found = dry_run(experiment)
     length = found.length
     if as_json:

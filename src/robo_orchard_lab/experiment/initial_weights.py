@@ -31,6 +31,7 @@ from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.hooks.ema import averaged_weights
 from robo_orchard_lab.pipeline.job_log import announce, job_logger
 from robo_orchard_lab.pipeline.model import plain_name
+from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
 from robo_orchard_lab.pipeline.sharding import shard_like
 from robo_orchard_lab.pipeline.trainer.rank_state import check_tensors
 
@@ -394,7 +395,8 @@ def _shape(tensor: torch.Tensor) -> str:
 def _resized(saved: torch.Tensor, live: torch.Tensor, rule: OnMismatch) -> torch.Tensor:
     """Return saved values in the shape of an entry of the model."""
     if rule == "overlap":
-        made = live.detach().to("cpu", saved.dtype, copy=True)
+        full = live.full_tensor() if is_sharded(live) else live  # a collective for shards
+        made = full.detach().to("cpu", saved.dtype, copy=True)
         common = tuple(slice(min(a, b)) for a, b in zip(saved.shape, live.shape, strict=True))
         made[common] = saved[common]
         return made
