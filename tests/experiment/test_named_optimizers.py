@@ -145,9 +145,9 @@ REFUSED: list[tuple[list[str], str, str, str]] = [
     (["--optimizer.last.parameters=null"], "several.yaml:6", "optimizer.last",
      "with several optimizers, each needs the patterns of its parameters"),
     (["--optimizer.lr", "{class_type: torch.optim:SGD, parameters: x}"],
-     "command line: --optimizer.lr", "optimizer.lr", "found a field of Adam; choose another name"),
+     "command line: --optimizer.lr", "optimizer.lr", "choose another name"),
     (["--optimizer.groups", "{class_type: torch.optim:SGD, parameters: x}"],
-     "command line: --optimizer.groups", "optimizer.groups", "found a field of Adam"),
+     "command line: --optimizer.groups", "optimizer.groups", "found a field of "),
     (["--optimizer.a-b", "{class_type: torch.optim:SGD, parameters: x}"],
      "command line: --optimizer.a-b", "optimizer.a-b", "letters, digits and underscores"),
     (["--optimizer", "{first: null, last: null}"], "several.yaml:4", "optimizer",
@@ -413,10 +413,12 @@ def changes(*options: str) -> list[Difference]:
     ("option", "effect"),
     [
         ("--lr_scheduler.last.every=optimizer_step", "trajectory"),
-        ("--lr_scheduler.last.step_size=4", "impossible"),
-        ("--optimizer.first.lr=0.02", "impossible"),
+        ("--lr_scheduler.last.step_size=4", "trajectory"),
+        ("--optimizer.first.lr=0.02", "trajectory"),
+        ("--optimizer.last.groups.biases.lr=0.02", "trajectory"),
+        ("--optimizer.first.weight_decay=0.02", "impossible"),
         ("--optimizer.first.parameters=layers.[0]*", "impossible"),
-        ("--lr_scheduler=null", "impossible"),
+        ("--lr_scheduler=null", "trajectory"),
     ],
 )
 def test_changes_of_named_optimizers_have_the_effect_of_one(option: str, effect: str) -> None:
@@ -424,6 +426,16 @@ def test_changes_of_named_optimizers_have_the_effect_of_one(option: str, effect:
     (found,) = changes(option)
     assert found.field == option.removeprefix("--").partition("=")[0]
     assert found.resume == effect
+
+
+def test_a_run_resumes_with_another_learning_rate_of_one_optimizer() -> None:
+    """The other optimizers keep the learning rates of their groups."""
+    load(*TWO_LOSSES).build(run_folder="run").trainer()
+    options = ("--optimizer.first.lr=0.5", "--trainer.max_epoch=2")
+    resumed = load(*TWO_LOSSES, *options).build(run_folder="run")
+    assert resumed.trainer.progress.epoch_id == 1
+    rates = {n: [g["lr"] for g in each.param_groups] for n, each in resumed.optimizers.items()}
+    assert rates == {"first": [0.5], "last": [0.1, 0.2]}
 
 
 def test_a_changed_limit_matters_to_a_named_auto_lr_scheduler() -> None:

@@ -537,15 +537,16 @@ def _check_optimizers(optimizer: Any, lr_scheduler: Any) -> None:
 def _check_named(optimizers: Mapping[str, Config]) -> None:
     if not optimizers:
         raise ConfigFieldError("expected an optimizer, or several by name, found {}; write null")
+    classes = {type(config) for config in optimizers.values()}
+    fields = {field: cls.__name__ for cls in classes for field in cls.model_fields}
     for name, config in optimizers.items():
         with at_path(name):
             if not name.isidentifier():
                 raise ConfigFieldError("expected a name of letters, digits and underscores")
-            for each in optimizers.values():  # --optimizer.lr would be ambiguous
-                if name in type(each).model_fields:
-                    owner = type(each).__name__.removesuffix("Config")
-                    problem = f"expected the name of an optimizer, found a field of {owner}"
-                    raise ConfigFieldError(f"{problem}; choose another name")
+            if name in fields:  # --optimizer.lr would be ambiguous
+                owner = fields[name].removesuffix("Config")
+                problem = f"expected the name of an optimizer, found a field of {owner}"
+                raise ConfigFieldError(f"{problem}; choose another name")
             if len(optimizers) > 1 and getattr(config, "parameters", None) is None:
                 raise ConfigError(  # no field error: the option null is not the pattern "null"
                     "with several optimizers, each needs the patterns of its parameters, such as "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path as FilePath
 from types import NoneType
@@ -117,6 +117,7 @@ def _problems(document: ExperimentDocument, trust: Trust) -> Iterator[ConfigErro
     unknown = [name for name in fields if name not in ExperimentFields.model_fields]
     for name in dict.fromkeys([*fields, *ExperimentFields.model_fields]):
         yield from _field_problems(name, fields, lists_fields=name in unknown[:1])
+    named = [path for path in OPTIMIZERS if are_named_parts(fields.get(str(path[0])))]
     for path, value in walk(fields):
         key = path[-1] if path else ""
         if not str(key).isprintable():  # names of hooks, sets and metrics are printed in logs
@@ -127,7 +128,7 @@ def _problems(document: ExperimentDocument, trust: Trust) -> Iterator[ConfigErro
         if key in PART_KEYS or (key in _FUNCTION_KEYS and isinstance(value, str)):
             yield from _reference_problems(path, value, trust)
         if isinstance(value, dict):
-            yield from _kind_problems(path, value, fields)
+            yield from _kind_problems(path, value, named)
             yield from _tracker_problems(path, value, trust)
             yield from _weights_problems(path, value)
     yield from _run_folder_problems(document)
@@ -242,13 +243,19 @@ def _reference_problems(path: Path, reference: Plain, trust: Trust) -> Iterator[
 
 
 def _kind_problems(
-    path: Path, part: dict[str, Plain], fields: Mapping[str, Plain]
+    path: Path, part: dict[str, Plain], named: Collection[Path]
 ) -> Iterator[ConfigError]:
-    """Refuse catalogued code of another kind; the kind of other code is unknown here."""
+    """Refuse catalogued code of another kind; the kind of other code is unknown here.
+
+    Args:
+        path: Path of the part.
+        part: Mapping at the path.
+        named: Paths of named optimizers or LR schedulers.
+    """
     expected = _KINDS_BY_PATH.get(path)
     if len(path) == 2 and path[0] == "hooks":
         expected = "a hook"
-    elif len(path) == 2 and path[:1] in OPTIMIZERS and are_named_parts(fields[str(path[0])]):
+    elif len(path) == 2 and path[:1] in named:
         expected = _KINDS_BY_PATH[path[:1]]
     if expected == "an optimizer" and "params" in part:
         problem = "is given when it is built; write patterns instead, as parameters: 'layers.*'"
