@@ -111,6 +111,7 @@ def train(cfg: TrainerConfig) -> HookBasedTrainer:
             optimizer, max_lr=cfg.learning_rate, total_steps=updates
         ),
         hooks=[  # the first is the outermost
+            ReportConfig(),
             ProgressBarHookConfig(metrics=["train/accuracy", VALIDATION]),
             MetricsLoggerConfig(
                 every="5 steps | 1 epoch",
@@ -130,7 +131,6 @@ def train(cfg: TrainerConfig) -> HookBasedTrainer:
             ),
             KeepBestConfig(monitor=VALIDATION, mode="max", path=workspace / "best.safetensors"),
             SamplePredictionsConfig(mean=[0.5], std=[0.5]),
-            ReportConfig(),
         ],
         run_folder=workspace,
         max_epoch=cfg.max_epoch,

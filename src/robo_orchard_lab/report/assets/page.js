@@ -623,7 +623,7 @@
     const values = run.configuration;
     if (!values.length && !run.base && !run.changes.length) return null;
     const sourced = values.some((v) => v.from);
-    const rows = values.map((v) => ({ class: sourced && !v.from ? "default" : "", cells: [{ content: el("code", {}, v.path) }, { content: el("code", {}, v.value), class: "long" }, { content: v.from || (sourced ? "default" : ""), class: "soft" }] }));
+    const rows = values.map((v) => ({ class: sourced && !v.from ? "default" : "", cells: [{ content: el("code", {}, v.path), class: "short" }, { content: el("code", {}, v.value), class: "long" }, { content: v.from || (sourced ? "default" : ""), class: "soft" }] }));
     const body = table(["field", "value", "from"], rows, "Configuration", true);
     const toggle = sourced && el("button", { class: "tool", type: "button", "aria-pressed": "true", onclick: (event) => {
       const hide = event.currentTarget.getAttribute("aria-pressed") !== "true";
@@ -632,7 +632,7 @@
     } }, "Hide defaults");
     if (sourced) for (const row of body.querySelectorAll("tr.default")) row.hidden = true;
     const changes = (items) => table(["field", "before", "after", ...(items.some((c) => c.start) ? ["start", "effect on resume"] : [])],
-      items.map((c) => [el("code", {}, c.path), el("code", {}, c.before), el("code", {}, c.after), ...(c.start ? [c.start, c.resume] : [])]), "Changes", items.length > 12);
+      items.map((c) => [{ content: el("code", {}, c.path), class: "short" }, el("code", {}, c.before), el("code", {}, c.after), ...(c.start ? [c.start, c.resume] : [])]), "Changes", items.length > 12);
     return section("configuration", "Configuration",
       run.base ? el("div", {}, el("h4", {}, `Differences from ${run.base.file}`), run.base.changes.length ? changes(run.base.changes) : el("p", { class: "soft" }, "none")) : null,
       run.changes.length ? el("div", {}, el("h4", {}, "Changes at resumes"), changes(run.changes)) : null,
@@ -723,7 +723,7 @@
     return [section("runs", "Runs", host,
       problems.length ? el("details", {}, el("summary", {}, "Missing or damaged"), el("ul", {}, problems.flatMap((run) => run.problems.map((p) => el("li", {}, `${run.name}: ${p}`))))) : null),
     section("differences", "Differences of the configurations", data.differences.length
-      ? table(["field", ...runs.map((run) => run.name)], data.differences.map((d) => [el("code", {}, d.path), ...d.values.map((v) => el("code", {}, v === null ? "" : v))]), "Differences", data.differences.length > 14)
+      ? table(["field", ...runs.map((run) => run.name)], data.differences.map((d) => [{ content: el("code", {}, d.path), class: "short" }, ...d.values.map((v) => el("code", {}, v === null ? "" : v))]), "Differences", data.differences.length > 14)
       : el("p", { class: "soft" }, "The configurations are equal, or were not recorded."))];
   }
 
