@@ -353,7 +353,7 @@ class OfTrainer(Regression):
 
     def configure_optimizers(self) -> Any:
         optimizer = adam(self)
-        total = self.trainer.estimated_stepping_batches
+        total = self.trainer.estimated_stepping_batches * self.trainer.max_epochs
         return [optimizer], [StepLR(optimizer, total)]
 
 
@@ -380,11 +380,21 @@ def test_a_subclass_of_another_package_trains() -> None:
 def test_a_module_reads_its_trainer_and_stops_the_run() -> None:
     """Counters, limits and ranks are known as ``self.trainer``; ``should_stop`` ends the run."""
     module = OfTrainer()
-    adapter = LightningModuleProcessor(module, total_optimizer_steps=21)
+    given = {"estimated_stepping_batches": 21, "max_epochs": 3, "precision": "32-true"}
+    adapter = LightningModuleProcessor(module, trainer=given)
     trainer = make_trainer(module, adapter=adapter)
     trainer()
+    assert module.trainer.precision == "32-true"
     assert module.seen == (3, 7, 1, 0, True, True, None, "cpu", 0.01, 0)
     assert trainer.progress.global_step_id == 5
+
+
+def test_a_given_value_that_differs_from_the_run_is_refused() -> None:
+    """Values of ``self.trainer`` for ``configure_optimizers`` must hold in the run."""
+    module = Regression()
+    adapter = LightningModuleProcessor(module, trainer={"max_epochs": 4})
+    with pytest.raises(PipelineConfigError, match=r"trainer=\{'max_epochs': 4\}.* the run has 3"):
+        make_trainer(module, adapter=adapter)()
 
 
 def test_a_copy_of_the_module_keeps_its_run() -> None:
@@ -467,6 +477,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "unsupported hook": (
         lambda: overriding(optimizer_step=lambda *_: None),
         r"Changed.optimizer_step is not called .* on_optimizer_step.* leave_out=\['optimizer_",
+    ),
+    "removed hook": (
+        lambda: overriding(validation_epoch_end=lambda *_: None),
+        "Changed.validation_epoch_end: Lightning 2 removed .* to on_validation_epoch_end",
     ),
     "iterator": (
         lambda: overriding(training_step=step_with_iterator),
@@ -555,12 +569,12 @@ REFUSED_IN_STEPS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "unknown attribute": (
         lambda: overriding(on_train_start=lambda self: self.trainer.callback_metrics),
         PipelineStateError,
-        "Changed reads self.trainer.callback_metrics, .* move the code to a hook",
+        r"Changed reads self.trainer.callback_metrics, .* pass trainer=\{'callback_metrics': ...\}",
     ),
     "steps of the run": (
-        lambda: overriding(on_train_start=lambda s: s.trainer.estimated_stepping_batches),
+        lambda: configure_as(lambda m: StepLR(adam(m), m.trainer.max_epochs)),
         PipelineStateError,
-        "pass total_optimizer_steps=... to it",
+        r"configure_optimizers reads to Lightning.*, as by trainer=\{'max_epochs': 3\}",
     ),
 }
 

@@ -34,14 +34,16 @@ class LightningModuleHooks(PipelineHooks):
 
     Args:
         adapter: a ``LightningModuleProcessor``.
+        of_trainer: given values of ``self.trainer``.
     """
 
     # Any name but eval/..., which the evaluation itself declares.
     published_metrics = ("[!e]*", "e[!v]*", "ev[!a]*", "eva[!l]*", "eval[!/]*", "e", "ev", "eva")
 
-    def __init__(self, adapter: Any) -> None:
+    def __init__(self, adapter: Any, of_trainer: Mapping[str, Any]) -> None:
         super().__init__()
         self._adapter = adapter
+        self._of_trainer = of_trainer
         self._run: PipelineRun | None = None
         self.args: Any = None
         """Arguments of the current step."""
@@ -96,7 +98,8 @@ class LightningModuleHooks(PipelineHooks):
         if self._run is None:
             raise PipelineStateError(
                 f"{type(self._adapter.module).__name__} logs, or reads its trainer, outside of a "
-                "run; pass adapter.hooks() to the trainer"
+                "run; pass adapter.hooks() to the trainer, or values that configure_optimizers "
+                "reads to LightningModuleProcessor, as by trainer={'max_epochs': 3}"
             )
         return self._run
 
@@ -147,6 +150,14 @@ class LightningModuleHooks(PipelineHooks):
                 f"model, found another {type(model).__name__}; pass the module, and compile its "
                 "parts, as by self.net = torch.compile(self.net)"
             )
+
+        for name in self._of_trainer.keys() & _OF_RUN.keys():
+            given, found = self._of_trainer[name], _OF_RUN[name](args.run)
+            if given != found:
+                raise PipelineConfigError(
+                    f"trainer={{{name!r}: {given!r}}} of LightningModuleProcessor: the run has "
+                    f"{found!r}; make them equal"
+                )
 
     def _check_manual(self, args: PipelineHookArgs) -> None:
         """Refuse accumulation and gradient scaling, which are the module's."""
@@ -359,35 +370,33 @@ _OF_ADAPTER: dict[str, Callable[[Any], Any]] = {
 class TrainerOfModule:
     """Counters and objects of the run: ``self.trainer`` of a LightningModule.
 
-    Any other attribute of Lightning's Trainer is a ``PipelineStateError``.
+    Values that are given take the place of others outside of a run. Any other attribute of
+    Lightning's Trainer is a ``PipelineStateError``.
     """
 
-    def __init__(self, adapter: Any, hooks: LightningModuleHooks) -> None:
-        vars(self).update(_adapter=adapter, _hooks=hooks)
+    def __init__(self, adapter: Any, hooks: LightningModuleHooks, given: Mapping[str, Any]) -> None:
+        vars(self).update(_adapter=adapter, _hooks=hooks, _given=given)
 
     def __deepcopy__(self, memo: Any) -> TrainerOfModule:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        adapter, total = self._adapter, self._adapter.total_optimizer_steps
         if name.startswith("_"):
             raise AttributeError(name)
+        if name in _OF_RUN and (self._hooks.is_running or name not in self._given):
+            return _OF_RUN[name](self._hooks.run)
+        if name in self._given:
+            return self._given[name]
         if name in _CONSTANTS:
             return _CONSTANTS[name]
-        if name in _OF_RUN:
-            return _OF_RUN[name](self._hooks.run)
         if name in _OF_HOOKS:
             return _OF_HOOKS[name](self._hooks)
         if name in _OF_ADAPTER:
-            return _OF_ADAPTER[name](adapter)
-        remedy = "pass the value to the module, or move the code to a hook"
-        if name == "estimated_stepping_batches":
-            if total is not None:
-                return total
-            remedy = "pass total_optimizer_steps=... to it"
+            return _OF_ADAPTER[name](self._adapter)
         raise PipelineStateError(
-            f"{type(adapter.module).__name__} reads self.trainer.{name}, which "
-            f"LightningModuleProcessor does not know; {remedy}"
+            f"{type(self._adapter.module).__name__} reads self.trainer.{name}, which "
+            f"LightningModuleProcessor does not know; pass trainer={{{name!r}: ...}} to it, or "
+            "move the code to a hook"
         )
 
     def __setattr__(self, name: str, value: Any) -> None:

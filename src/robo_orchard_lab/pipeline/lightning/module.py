@@ -49,6 +49,17 @@ _OF_THE_SCRIPT = [
     *("automatic_optimization", "example_input_array", "strict_loading"),
 ]
 """Names that a module may define for its script to use."""
+_REMOVED = {
+    **{f"{stage}_epoch_end": f"on_{stage}_epoch_end" for stage in ("validation", "test")},
+    "training_epoch_end": "on_train_epoch_end",
+    "training_step_end": "training_step",
+    "validation_step_end": "validation_step",
+    "on_epoch_start": "on_train_epoch_start",
+    "on_epoch_end": "on_train_epoch_end",
+    "on_batch_start": "on_train_batch_start",
+    "on_batch_end": "on_train_batch_end",
+}
+"""Hooks that Lightning 2 removed and refuses, with their successors."""
 _REMEDIES = {
     "backward": "use a hook on on_model_backward",
     "configure_callbacks": "pass hooks to the trainer",
@@ -94,6 +105,11 @@ def check_module(module: Any, left_out: Collection[str]) -> None:
     for name in ("training_step", "configure_optimizers"):
         if not is_overridden(module, name):
             raise PipelineConfigError(f"{who} has no {name}, which a training needs; define it")
+    for name, successor in _REMOVED.items():
+        if hasattr(module, name) and name not in left_out:
+            raise PipelineConfigError(
+                f"{who}.{name}: Lightning 2 removed this hook; move its code to {successor}"
+            )
     known = {*HOOKS, *_OF_THE_SCRIPT, *left_out, *dir(Module)}
     for name in sorted({name for cls in bases for name in vars(cls)} - known):
         of_a_training = not name.startswith(("_", "on_test_", "on_predict_"))

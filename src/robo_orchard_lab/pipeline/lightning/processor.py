@@ -66,8 +66,9 @@ class LightningModuleProcessor(SimpleBatchProcessor):
 
     Args:
         module: a LightningModule; its ``setup("fit")`` and ``configure_model()`` are called.
-        total_optimizer_steps: number of optimizer steps of the run, for a module that reads
-            ``self.trainer.estimated_stepping_batches``.
+        trainer: values of ``self.trainer`` by name, for a module that reads them before the run,
+            such as ``{"max_epochs": 3, "estimated_stepping_batches": 300}`` in
+            ``configure_optimizers``, or that reads values that the adapter does not know.
         leave_out: overridden hooks to leave out, although nothing replaces them.
 
     Raises:
@@ -79,7 +80,7 @@ class LightningModuleProcessor(SimpleBatchProcessor):
         self,
         module: torch.nn.Module,
         *,
-        total_optimizer_steps: int | None = None,
+        trainer: Mapping[str, Any] | None = None,
         leave_out: Iterable[str] = (),
     ) -> None:
         super().__init__()
@@ -87,7 +88,6 @@ class LightningModuleProcessor(SimpleBatchProcessor):
         self._left_out = {*leave_out}
         check_module(module, self._left_out)
         self.module = cast(Any, module)
-        self.total_optimizer_steps = total_optimizer_steps
         self.is_manual = not self.module.automatic_optimization
         """True if the module makes its updates itself."""
         self._own = {name for name in HOOKS if is_overridden(module, name)} - self._left_out
@@ -98,8 +98,8 @@ class LightningModuleProcessor(SimpleBatchProcessor):
         self._evaluated: dict[str, Any] = {}  # values of an evaluated batch
         self._sizes: set[int] = set()  # values of batch_size in it
         self._configured: tuple[list[Optimizer], list[Scheduler]] | None = None
-        self._bundle = LightningModuleHooks(self)
-        self._trainer: Any = TrainerOfModule(self, self._bundle)
+        self._bundle = LightningModuleHooks(self, trainer or {})
+        self._trainer: Any = TrainerOfModule(self, self._bundle, trainer or {})
         self.module.trainer = self._trainer
         # Attributes of an instance precede the methods of its class.
         methods: dict[str, Any] = {
@@ -140,12 +140,12 @@ class LightningModuleProcessor(SimpleBatchProcessor):
         optimizers, schedulers = self.configure()
         if self.is_manual:
             return {"optimizer": {f"optimizer_{i}": each for i, each in enumerate(optimizers)}}
-        who = f"{type(self.module).__name__}.configure_optimizers"
         if len(optimizers) != 1 or len(schedulers) > 1:
             raise PipelineConfigError(
-                f"{who}: expected one optimizer and at most one LR scheduler, found "
-                f"{len(optimizers)} and {len(schedulers)}; combine LR schedulers by "
-                "torch.optim.lr_scheduler.ChainedScheduler"
+                f"{type(self.module).__name__}.configure_optimizers: expected one optimizer and at "
+                f"most one LR scheduler, found {len(optimizers)} and {len(schedulers)}; step "
+                "several optimizers with automatic_optimization=False, and combine LR schedulers "
+                "by torch.optim.lr_scheduler.ChainedScheduler"
             )
         arguments: dict[str, Any] = {"optimizer": optimizers[0]}
         for found in schedulers:
