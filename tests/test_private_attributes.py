@@ -106,6 +106,7 @@ PRIVATE = {
 
 # Documented names with a leading underscore.
 DOCUMENTED = {
+    "_asdict": "collections.namedtuple",
     "_exit": "os",
     "_fields": "collections.namedtuple",
     "__array__": "NumPy's protocol",
