@@ -304,3 +304,31 @@ def test_compile_true_means_the_defaults() -> None:
     """``compile: true`` is the mapping of all defaults, and false compiles nothing."""
     assert load(compile=True).to_dict()["compile"]["backend"] == "inductor"
     assert load(compile=False).compile is None
+
+
+def test_weights_to_begin_with_from_a_file(tmp_path: Path) -> None:
+    """A rule alone is for all entries, and a frozen part and new groups get the loaded weights."""
+    load(run_folder=str(tmp_path / "old")).build().trainer()
+    groups = {"head": {"parameters": ["layers.2.*"], "lr": 0.5}}
+    fields = {
+        "model": {"class_type": "MLP", "inputs": 2, "hidden": [4], "outputs": 7},
+        "run_folder": str(tmp_path / "new"),
+        "init_from": {"path": str(tmp_path / "old"), "on_mismatch": "skip"},
+        "optimizer": {"class_type": "torch.optim:SGD", "lr": 0.1, "groups": groups},
+        "hooks": {"freeze": {"class_type": "FreezeHook", "patterns": ["layers.0.*"]}},
+        "compile": {"backend": "eager"},
+    }
+    experiment = load(**fields)
+    assert experiment.init_from is not None
+    assert experiment.init_from.on_mismatch == {"*": "skip"}
+    built = experiment.build()
+    assert built.initial_weights is not None
+    assert built.initial_weights.loaded == ("layers.0.weight", "layers.0.bias")
+    built.trainer()
+    saved = SavedWeights.from_checkpoint(tmp_path / "old/checkpoints/last").weights
+    after = SavedWeights.from_checkpoint(tmp_path / "new/checkpoints/last").weights
+    assert torch.equal(after["layers.0.weight"], saved["layers.0.weight"])
+    assert after["layers.2.weight"].shape == (7, 4)
+    longer = load(**fields, trainer={"max_epoch": 3}).build()
+    assert longer.trainer.resumed
+    assert longer.initial_weights is None

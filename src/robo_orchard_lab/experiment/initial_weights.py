@@ -44,6 +44,7 @@ interpolate linearly along the axes that differ."""
 _FILE = "model.safetensors"
 _INDEX = ".index.json"
 _SHOWN = 4  # names in a row of the report
+_LISTED = 10  # entries in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,9 +320,10 @@ def load_weights(
             loaded[name] = _resized(source[name], value, rule)
             resized[name] = f"{rule}, {problem}"
     if problems:
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise StateError(
-            f"{saved.path} has weights of another model: {'; '.join(problems)}; exclude them, or "
-            "name a rule, such as on_mismatch: {'head.*': skip}"
+            f"{saved.path} has weights of another model: {'; '.join(problems[:_LISTED])}{more}; "
+            "exclude them, or name a rule, such as on_mismatch: {'head.*': skip}"
         )
     if not loaded:
         raise StateError(

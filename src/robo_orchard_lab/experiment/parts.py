@@ -470,10 +470,16 @@ class InitialWeights(Config):
         default={},
         description="New prefixes by prefixes of names in the file; the first match counts.",
     )
-    on_mismatch: dict[str, Literal["skip", "overlap", "interpolate"]] = Field(
+    on_mismatch: Annotated[
+        dict[str, Literal["skip", "overlap", "interpolate"]],
+        BeforeValidator(
+            lambda rule: {"*": rule} if isinstance(rule, str) else rule,
+            json_schema_input_type=str | dict[str, str],
+        ),
+    ] = Field(
         default={},
         description="By pattern of names in the model: what to do with another shape; else an "
-        "error.",
+        "error. A rule alone is for all names.",
     )
 
 
