@@ -67,8 +67,6 @@ class LightningModuleHooks(PipelineHooks):
         self._call = call
         self._changes_batch = overrides("on_after_batch_transfer", "on_train_batch_start")
         self.on_loop.before(self._check_model)
-        if adapter.is_manual:
-            self.on_loop.before(self._check_manual)
         self.register_hook("on_loop", HookContext.from_callable(self._begin_loop, self._end_loop))
         epoch = HookContext.from_callable(self._begin_epoch, self._end_epoch)
         self.register_hook("on_epoch", epoch)
@@ -158,16 +156,6 @@ class LightningModuleHooks(PipelineHooks):
                     f"trainer={{{name!r}: {given!r}}} of LightningModuleProcessor: the run has "
                     f"{found!r}; make them equal"
                 )
-
-    def _check_manual(self, args: PipelineHookArgs) -> None:
-        """Refuse accumulation and gradient scaling, which are the module's."""
-        accelerator = args.accelerator
-        if accelerator.gradient_accumulation_steps != 1 or accelerator.scaler is not None:
-            raise PipelineConfigError(
-                f"{type(self._adapter.module).__name__} has automatic_optimization=False: expected "
-                "gradient_accumulation_steps=1 and no fp16, since the module accumulates and "
-                "scales itself; pass Accelerator() or mixed_precision='bf16'"
-            )
 
     def _end_loop(self, args: PipelineHookArgs) -> None:
         # A rollback enters the loop again.

@@ -65,6 +65,9 @@ class NamedLosses:
     A processor with ``forward_with_updates(model, batch, updates)`` instead makes its updates
     itself, within ``on_model_forward``: it calls ``updates.backward(loss)`` and
     ``updates.make_update(name)``, and returns the outputs. Accumulation is its own as well.
+
+    Raises:
+        PipelineConfigError: such a processor with accumulation by the accelerator or with fp16.
     """
 
     def __init__(
@@ -81,6 +84,13 @@ class NamedLosses:
         self._committed: bool | None = None  # the result of a yield
         self._is_replicated = run.accelerator.num_processes > 1
         self._own_forward = getattr(run.batch_processor, "forward_with_updates", None)
+        accumulates = run.accelerator.gradient_accumulation_steps != 1
+        if self._own_forward is not None and (accumulates or run.accelerator.scaler is not None):
+            raise PipelineConfigError(
+                f"{type(run.batch_processor).__name__} makes its updates itself: expected "
+                "gradient_accumulation_steps=1 and no fp16, since it accumulates and scales "
+                "itself; pass Accelerator() or mixed_precision='bf16'"
+            )
         if self._own_forward is not None and run.scalers:
             raise PipelineConfigError(
                 f"mixed_precision='fp16': {type(run.batch_processor).__name__} makes its updates "
