@@ -70,6 +70,7 @@ def run(
     return trainer, seen
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # SequentialLR of torch 2.8
 @pytest.mark.parametrize("after", CURVES)
 @pytest.mark.parametrize("before", ["none", "StepLR", "OneCycleLR"])
 def test_a_resumed_run_follows_its_own_curve(tmp_path: Path, before: str, after: str) -> None:
