@@ -671,6 +671,7 @@ class Adversarial(LightningModule):  # type: ignore[misc]  # of any type
         self.g = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
         self.d = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
         self.batch_ends: list[tuple[int, int]] = []
+        self.last_batches: list[int] = []
 
     def configure_optimizers(self) -> Any:
         g = torch.optim.Adam(self.g.parameters(), lr=0.01, betas=(0.5, 0.9))
@@ -702,6 +703,8 @@ class Adversarial(LightningModule):  # type: ignore[misc]  # of any type
             g.step()
             for scheduler in self.lr_schedulers():
                 scheduler.step()
+        if self.trainer.is_last_batch:
+            self.last_batches.append(batch_idx)
         self.log_dict({"g": loss, "d": of_real + of_fake}, prog_bar=True)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -733,6 +736,7 @@ def test_manual_optimization_equals_lightning(precision: str, theirs: str, tmp_p
     module, trainer = run(tmp_path / "uninterrupted")
     assert equal(weights(module), weights(reference))
     assert module.batch_ends == reference.batch_ends
+    assert module.last_batches == reference.last_batches == [6, 6, 6]
     assert [each.param_groups[0]["lr"] for each in trainer.optimizers.values()] == [
         each.param_groups[0]["lr"] for each in expected.optimizers
     ]

@@ -335,6 +335,7 @@ _OF_RUN: dict[str, Callable[[PipelineRun], Any]] = {
     "max_epochs": lambda run: run.limits.max_epoch,
     "max_steps": lambda run: run.limits.max_optimizer_step or -1,
     "num_training_batches": lambda run: run.steps_per_epoch or math.inf,
+    "is_last_batch": lambda run: run.progress.step_id + 1 == run.steps_per_epoch,
     "accumulate_grad_batches": lambda run: run.accelerator.gradient_accumulation_steps,
     "world_size": lambda run: run.accelerator.num_processes,
     "global_rank": lambda run: run.accelerator.process_index,
