@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from launching import SCRIPTS, launch
+from robo_orchard_core.utils.config.errors import ConfigError
 from robo_orchard_lab.experiment.initial_weights import load_weights
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
@@ -269,6 +270,15 @@ def test_weights_of_a_run_are_loaded(script_run: tuple[Path, HookBasedTrainer]) 
     assert_equal(values(model), values(trainer.model))
     assert load_weights(model, folder / "checkpoints/step_00000002").step == 2
     assert not torch.equal(values(model)["head.bias"], values(trainer.model)["head.bias"])
+
+
+def test_a_checkpoint_is_not_replaced_by_the_best_of_its_run(
+    script_run: tuple[Path, HookBasedTrainer],
+) -> None:
+    """The path of one checkpoint with ``checkpoint="best"`` is an error, also through a link."""
+    for name in ("step_00000002", "last"):
+        with pytest.raises(ConfigError, match=f"{name}; name the run folder"):
+            load_weights(net(), script_run[0] / "checkpoints" / name, checkpoint="best")
 
 
 def test_a_weight_set_of_a_run_is_loaded(script_run: tuple[Path, HookBasedTrainer]) -> None:

@@ -18,6 +18,8 @@ from robo_orchard_lab.experiment.build import make_optimizers
 from robo_orchard_lab.experiment.catalogue import CATALOGUE
 from robo_orchard_lab.experiment.document import read_experiment
 from robo_orchard_lab.experiment.dry_run import dry_run, fast_run
+from robo_orchard_lab.experiment.evaluation import evaluate
+from robo_orchard_lab.experiment.initial_weights import SavedWeights
 from robo_orchard_lab.experiment.inspection import build_hook_set
 from robo_orchard_lab.experiment.overrides import from_arguments
 from robo_orchard_lab.experiment.parts import OptimizerConfig
@@ -436,6 +438,17 @@ def test_a_run_resumes_with_another_learning_rate_of_one_optimizer() -> None:
     assert resumed.trainer.progress.epoch_id == 1
     rates = {n: [g["lr"] for g in each.param_groups] for n, each in resumed.optimizers.items()}
     assert rates == {"first": [0.5], "last": [0.1, 0.2]}
+
+
+def test_averages_of_one_optimizer_are_evaluated() -> None:
+    """Saved weights of an EMA that names an optimizer are evaluated without a trainer."""
+    options = (*TWO_LOSSES, "--hooks.ema={class_type: EMA, decay: 0.5, optimizer: first}")
+    evaluated = "--data.evaluation.val={dataset: {class_type: Spirals, size: 8}, batch_size: 4}"
+    experiment = load(*options, evaluated)
+    experiment.build(run_folder="run").trainer()
+    saved = SavedWeights.find("run")
+    found = evaluate(experiment, saved, weights=["ema", "model"])
+    assert found["eval/val/ema/loss/last"] != found["eval/val/model/loss/last"]
 
 
 def test_a_changed_limit_matters_to_a_named_auto_lr_scheduler() -> None:

@@ -44,8 +44,10 @@ def best_weights(
 
     Raises:
         NoRunError: The run has neither.
+        ConfigError: One checkpoint is selected.
         CheckpointError: The best checkpoint is damaged.
     """
+    checkpoints.check_best()
     for config in experiment.hooks.values():
         if isinstance(config, KeepBestConfig):
             path = Path(in_run_folder(config, run_folder).path)
@@ -200,7 +202,7 @@ def _validation_hooks(
     known = [*data.evaluation, *(data.test or ()), *own]
     for name in sets:
         if name not in known:
-            raise unknown_field(name, known, "the experiment", ("data", "evaluation"))
+            raise unknown_field(name, known, "the experiment", ("data",))
     if not (data.evaluation or own or sets):
         raise ConfigFieldError("there are no evaluation sets; add them to data.evaluation")
     found = found or {"evaluation": ValidationHookConfig()}
@@ -270,6 +272,8 @@ def _keepers(
         problem = f"{saved.path} has no weights of a hook {name!r}"
         if name not in experiment.hooks or name not in states:
             advice = suggest_name(name, [*states], "hooks with a saved state:")
+            if saved.hooks is None:
+                advice = "it has the weights of one model; name a checkpoint of the run"
             raise ConfigFieldError(f"{problem}; {advice}")
         keeper = make_hook(experiment.hooks[name], experiment.folder(), {})
         if not hasattr(keeper, "applied"):

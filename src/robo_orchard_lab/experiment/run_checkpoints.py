@@ -50,6 +50,18 @@ class RunCheckpoints:
         own = {name: self.policy[name] for name in names if self.policy.get(name) is not None}
         return Retention(**{**own, **changes})
 
+    def check_best(self) -> None:
+        """Refuse one checkpoint where the best of a run is wanted.
+
+        Raises:
+            ConfigError: A checkpoint is selected.
+        """
+        if self.chosen is not None:
+            raise ConfigError(
+                f"expected a run folder to find its best weights, found the checkpoint "
+                f"{self.chosen}; name the run folder, or leave out the best"
+            )
+
     def pick(self, *, best: bool = False) -> Path:
         """Return the selected, the best, or the newest intact and healthy checkpoint.
 
@@ -58,9 +70,12 @@ class RunCheckpoints:
 
         Raises:
             NoRunError: The run has no monitor that decides on the best checkpoint.
+            ConfigError: The best is wanted of one checkpoint.
             CheckpointError: There is no intact checkpoint, or the best one is damaged.
         """
-        if self.chosen is not None and not best:
+        if best:
+            self.check_best()
+        if self.chosen is not None:
             return self.chosen
         if best and self.policy.get("monitor") is None and not (self.root / BEST).is_symlink():
             raise NoRunError(

@@ -282,9 +282,12 @@ class PipelineRun:
         return count_batches(self.dataloader) if self.data is None else self.data.steps_per_epoch
 
     def check_optimizer(self, name: str, owner: str, *setting: str | int) -> None:
-        """Raise a ``PipelineConfigError`` if no optimizer has a name from a hook's setting."""
+        """Raise a ``PipelineConfigError`` if no optimizer has a name from a hook's setting.
+
+        Without any optimizer, as in an evaluation of saved weights, each name is accepted.
+        """
         known = self.optimizer_names
-        if name not in known:
+        if self.optimizers and name not in known:
             hint = suggest_name(name, known, "optimizers:")
             if not known:
                 hint = f"the trainer has one optimizer without a name: leave out {setting[0]}"
