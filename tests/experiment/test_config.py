@@ -248,6 +248,7 @@ def test_exclusive_loader_fields_are_refused(loader: dict[str, Any], place: str)
         ({"parameters": ["fc.*"], "lr": "fast"}, "lr", "valid number"),
         ({"lr": 0.1}, "parameters", "required"),
         ({"parameters": "norms"}, "parameters", "norms_and_biases"),
+        ({"parameters": "fc.*"}, "parameters", "found 'fc.*'; write ['fc.*']"),
     ],
 )
 def test_parameter_groups_accept_options_of_the_optimizer(

@@ -141,6 +141,11 @@ def test_changed_limit_matters_to_an_auto_lr_scheduler() -> None:
         }
     (found,) = differences(before, after)
     assert "counted for max_epoch 5: its curve ends there; start a new run for 10" in found.why
+    factor = {"func": "my_team:factor", "total": "auto"}  # code, which a checkpoint does not keep
+    for scheduler in (factor, {"class_type": "a:LambdaLR", "lr_lambda": [factor]}):
+        new = differences(*({**each, "lr_scheduler": scheduler} for each in (before, after)))
+        assert "is counted again for max_epoch 10: functions of a LambdaLR follow" in new[0].why
+        assert new[0].resume == "trajectory"
     for each in (before, after):
         each["lr_scheduler"]["total_steps"] = 120
     (harmless,) = differences(before, after)

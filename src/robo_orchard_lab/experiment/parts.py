@@ -20,6 +20,7 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     Tag,
+    field_validator,
     model_validator,
 )
 
@@ -314,6 +315,16 @@ class ParameterGroup(Config):
         def __init__(
             self, *, parameters: list[str] | Literal["norms_and_biases"], **options: Any
         ) -> None: ...
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _refuse_single_pattern(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "norms_and_biases":
+            raise ConfigFieldError(
+                f"expected a list of patterns, or norms_and_biases, found {value!r}; write "
+                f"[{value!r}]"
+            )
+        return value
 
     def options(self) -> dict[str, Any]:
         """Return the optimizer options of this group."""

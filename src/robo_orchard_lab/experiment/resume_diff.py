@@ -163,11 +163,19 @@ def _rule(
             scheduler: Any = document.get("lr_scheduler")
             if has_new_lr:
                 return _declared_rule(path)  # the new curve is computed with the new limit
-            if any(value == AUTO for _, value in walk(scheduler)):
+            values = [value for _, value in walk(scheduler)]
+            if AUTO in values:
                 why = (
                     f"auto in lr_scheduler keeps the checkpoint's number, counted for {limit} "
                     f"{old}: its curve ends there; start a new run for {new}"
                 )
+                parts = [value for value in values if isinstance(value, dict)]
+                if any("func" in part and AUTO in part.values() for part in parts):
+                    why = (
+                        f"auto in lr_scheduler is counted again for {limit} {new}: functions of a "
+                        "LambdaLR follow the new curve, other LR schedulers end at the "
+                        f"checkpoint's number; start a new run for {new}"
+                    )
                 return OnResume("trajectory", why)
             schedulers = [scheduler, *(scheduler.values() if are_named_parts(scheduler) else ())]
             totals = (_at(s, key) for s in schedulers for key in ("total_steps", "total_iters"))

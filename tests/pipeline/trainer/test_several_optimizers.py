@@ -412,6 +412,8 @@ def test_an_optimizer_without_any_loss_ends_the_run(caplog: pytest.LogCaptureFix
         trainer()
     assert "found none for d in 1 epoch;" in caplog.text
     assert trainer.progress.epoch_id == 2
+    with pytest.raises(BatchProcessorError, match="none for d in 2 epochs"):
+        trainer()  # as a command that is started again
 
 
 def test_lr_schedulers_step_with_their_own_optimizer() -> None:
@@ -573,8 +575,9 @@ def test_the_guard_skips_the_update_of_one_optimizer() -> None:
     assert trainer.progress.skipped_optimizer_steps == 1
     assert trainer.progress.optimizer_step_id == 7
     failing = make_trainer([NonFiniteGuardConfig()()], Poisoned())
-    with pytest.raises(FloatingPointError, match="norm is nan for the optimizer 'd'"):
+    with pytest.raises(FloatingPointError, match="norm is nan for the optimizer 'd'") as caught:
         failing()
+    assert "quarantine" not in str(caught.value)  # for one optimizer only
 
 
 def test_guards_can_differ_by_optimizer() -> None:

@@ -349,7 +349,7 @@ class NonFiniteGuard(PipelineHooks):
                     f" The run was rolled back {self.rollbacks} times before "
                     f"(max_rollbacks={cfg.max_rollbacks})."
                 )
-            raise self._error(problem, outcome, folder, names)
+            raise self._error(problem, outcome, folder, names, bool(args.run.optimizer_names))
         self.rollbacks += 1
         if cfg.skip_batch:
             windows = [*self._bad_windows, update.progress.global_step_id]
@@ -410,18 +410,23 @@ class NonFiniteGuard(PipelineHooks):
         )
 
     def _error(
-        self, problem: str, outcome: str, folder: Path | None, parameters: Sequence[str]
+        self,
+        problem: str,
+        outcome: str,
+        folder: Path | None,
+        parameters: Sequence[str],
+        is_named: bool,
     ) -> NonFiniteError:
-        where = "Set quarantine to a folder to write the batches for a replay"
+        where = "" if is_named else " Set quarantine to a folder to write the batches for a replay"
         if folder is not None:
             module = "robo_orchard_lab.pipeline.quarantine"
             where = (
-                f"The batches are in {folder}; replay with "
+                f" The batches are in {folder}; replay with "
                 f"{module}.replay({str(folder)!r}, model, batch_processor)"
             )
         elif self._recorder is not None:
-            where = "The batches were not written; the log says why"
-        return NonFiniteError(f"{self.name}: {problem}. {outcome} {where}", folder, parameters)
+            where = " The batches were not written; the log says why"
+        return NonFiniteError(f"{self.name}: {problem}. {outcome}{where}", folder, parameters)
 
     state_schema = StateSchema(
         STATE_VERSION,

@@ -576,6 +576,7 @@ class HookBasedTrainer:
             logger.info("nothing left to do at %s; %s", self.progress, self.limits)
             if self._is_at_limit():
                 self._run.state_file.nothing_left()
+                self._check_optimizers_used()
             return
         failing_together = fail_together(self._stall_clock, self._rank_position)
         with self._run.state_file.around_run(self.requests), failing_together:
@@ -638,7 +639,11 @@ class HookBasedTrainer:
             raise RunPreempted(exit_code) from failure
         if failure is not None:
             raise failure
-        if isinstance(self._optimizer_hook, NamedOptimizersHook) and self._is_at_limit():
+        if self._is_at_limit():
+            self._check_optimizers_used()
+
+    def _check_optimizers_used(self) -> None:
+        if isinstance(self._optimizer_hook, NamedOptimizersHook):
             self._optimizer_hook.check_used(self.progress, self.progress.epoch_id)
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
