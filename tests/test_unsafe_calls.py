@@ -28,7 +28,7 @@ def unsafe(code: str) -> Iterator[str]:
     nodes = [*ast.walk(ast.parse(code))]
     names = dict(name for node in nodes for name in imported(node))
     for node in nodes:
-        if isinstance(node, ast.Attribute | ast.Name):
+        if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
             called = dotted(node, names)
             if called in NEVER or called.split(".")[0] in UNPICKLERS:
                 yield f"{node.lineno}: {called}"
