@@ -27,7 +27,7 @@ from robo_orchard_lab.experiment.resume_diff import Difference, differences
 from robo_orchard_lab.experiment.samples import MLP
 from robo_orchard_lab.experiment.schema import experiment_schema
 from robo_orchard_lab.pipeline import SimpleBatchProcessor
-from robo_orchard_lab.pipeline.errors import PipelineConfigError
+from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfigError
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
 from robo_orchard_lab.pipeline.plan import plan_hooks
 
@@ -350,6 +350,15 @@ def test_a_metric_that_nobody_publishes_is_refused_with_its_line() -> None:
         experiment.build(run_folder="run").trainer()
     place = "command line: --lr_scheduler.last: lr_scheduler.last.monitor"
     assert str(error.value).startswith(place)
+
+
+def test_a_loss_for_an_unknown_optimizer_is_refused_with_the_line_of_the_optimizers() -> None:
+    """The error of the first step has file and line, although code chose the name."""
+    Path("several.yaml").write_text(FILE.replace("  last:", "  end:"))
+    experiment = load(*TWO_LOSSES)
+    with pytest.raises(BatchProcessorError, match="a loss for 'last', which is no opt") as error:
+        experiment.build(run_folder="run").trainer()
+    assert str(error.value).startswith("several.yaml:4: optimizer: TwoLosses.forward")
 
 
 def test_built_objects_have_the_names() -> None:

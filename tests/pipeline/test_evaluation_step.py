@@ -114,6 +114,8 @@ def test_losses_of_several_optimizers_have_their_names(forward: Any) -> None:
         ),
         (lambda m, b: (None, {"l1": "low"}), BatchProcessorError, "'l1' that is a str"),
         (lambda m, b: (None, 3.0), BatchProcessorError, "a loss that is a float"),
+        (lambda m, b: (None, {"": 1.0}), BatchProcessorError, "a value named '', which is no name"),
+        (lambda m, b: (None, {3: 1.0}), BatchProcessorError, "a value named 3, which is no name"),
     ],
 )
 def test_wrong_results_are_refused(step: Any, error: type[Exception], message: str) -> None:

@@ -83,8 +83,9 @@ def test_values_are_scaled_and_copied() -> None:
         (torch.full((3, 4, 5), 255.0), "expected floats from 0 to 1, found 255 to 255"),
         (torch.full((3, 4, 5), -0.5), "undo the normalization"),
         (torch.zeros(3, 4, 5, dtype=torch.int64), r"found int64; .* image.to\(torch.uint8\)"),
-        ("cat.png", "expected uint8, bool, or floats"),
-        (None, "expected uint8, bool, or floats"),
+        ("cat.png", "expected uint8, bool, or floats from 0 to 1, found str"),
+        (None, "expected uint8, bool, or floats from 0 to 1, found NoneType"),
+        ([RED, RED[:, :1]], "expected images of one shape"),
     ],
     ids=str,
 )
@@ -242,6 +243,30 @@ def test_bad_media_are_reported_once_and_training_continues(
     assert "'nan' at step 1 is dropped, and the training continues" in messages[0]
     assert "expected 1 values in each row, found 2" in messages[2]
     assert [entry["name"] for entry in read_index(tmp_path / "media/index.jsonl")] == ["good"] * 6
+
+
+def test_arguments_of_another_type_are_dropped_with_the_expected_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An empty name writes nothing outside of the folder; swapped arguments show their type."""
+    hooks = PipelineHooks("bad")
+
+    @hooks.on_step.after(when="first")
+    def report(args: PipelineHookArgs) -> None:
+        args.report.add_image("", RED)
+        args.report.add_image(torch.zeros(3, 4, 4), "name")  # type: ignore[arg-type]  # on purpose
+        args.report.add_video("video", torch.zeros(2, 4, 4, 3), fps="a")  # type: ignore[arg-type]
+        args.report.add_hyperparameters("lr=1")  # type: ignore[arg-type]
+
+    with caplog.at_level(logging.ERROR):
+        train(tmp_path, [hooks], tensorboard=False)
+    empty, swapped, fps, values = [record.getMessage() for record in caplog.records]
+    assert "found '', which is empty; further" in empty
+    assert "report of 'Tensor' at step 1" in swapped
+    assert "found a value of Tensor; further" in swapped
+    assert "expected 0 < fps < 1000, found 'a'" in fps
+    assert "expected a mapping by name, found str" in values
+    assert read_index(tmp_path / "media/index.jsonl") == []
 
 
 def test_files_that_cannot_be_written_are_reported_once(

@@ -527,6 +527,9 @@ class Evaluator:
             raise self._wrong_result(type(result).__name__)
         outputs, loss, weight = (*result, None)[:3]
         named = loss if isinstance(loss, Mapping) else {_LOSS: loss}
+        for name in named:
+            if not isinstance(name, str) or not name:
+                raise self._wrong_result(f"a value named {name!r}, which is no name")
         prefix = f"{_LOSS}/" if own is None and named is loss else ""  # names of optimizers
         losses = [(f"{prefix}{name}", value) for name, value in named.items() if value is not None]
         for name, value in losses:

@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -131,7 +131,7 @@ class Report:
         """Report frames of shape (T, C, H, W) or (T, H, W, C), with values as of an image."""
 
         def convert() -> Pixels:
-            if not 0 < fps < 1000:
+            if not isinstance(fps, int | float) or not 0 < fps < 1000:
                 raise MediaError(f"expected 0 < fps < 1000, found {fps!r:.60}")
             return to_frames(frames)
 
@@ -169,7 +169,13 @@ class Report:
 
     def add_hyperparameters(self, values: Mapping[str, Any]) -> None:
         """Report hyperparameters: numbers and texts by name, with nested mappings."""
-        self._add("hyperparameters", "hyperparameters", lambda: flatten(values), None, False)
+
+        def convert() -> dict[str, Hyperparameter]:
+            if not isinstance(values, Mapping):
+                raise MediaError(f"expected a mapping by name, found {type(values).__name__}")
+            return flatten(values)
+
+        self._add("hyperparameters", "hyperparameters", convert, None, False)
 
     def tracker(self, name: str) -> Any:
         """Return the live tracker of a sink, Accelerate's ``GeneralTracker``; None on other ranks.
@@ -228,7 +234,7 @@ class Report:
     def _add(
         self,
         kind: MediaKind,
-        name: str,
+        name: Any,
         convert: Callable[[], Any],
         caption: str | None,
         all_ranks: bool,
@@ -238,10 +244,12 @@ class Report:
         if not (self.is_wanted or is_own_file or (self._rank == 0 and self._early is not None)):
             return
         try:
-            if not isinstance(name, str) or (problem := path_problem(name)):
+            if not isinstance(name, str):
+                name = type(name).__name__
+                raise MediaError(f"expected a name such as 'eval/samples', found a value of {name}")
+            if problem := path_problem(name) if PurePath(name).parts else "is empty":
                 raise MediaError(
-                    f"expected a name such as 'eval/samples', found {name!r:.60}"
-                    + (f", which {problem}" if isinstance(name, str) else "")
+                    f"expected a name such as 'eval/samples', found {name!r:.60}, which {problem}"
                 )
             media = Media(kind, name, self._progress.steps_done, convert(), caption, fps)
         except Exception as error:  # also those of objects that are no images at all

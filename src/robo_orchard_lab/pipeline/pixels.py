@@ -61,7 +61,12 @@ def _to_array(value: Any) -> Pixels:
     if isinstance(value, torch.Tensor):
         value = value.detach()
         value = (value.float() if value.is_floating_point() else value).cpu()  # a device sync
-    pixels = np.asarray(value)
+    try:
+        pixels = np.asarray(value)
+    except ValueError:
+        raise MediaError(
+            "expected images of one shape, found several in a list; add each under its own name"
+        ) from None
     if pixels.size == 0 or pixels.size > _MAX_PIXELS * 4:
         raise MediaError(f"expected 1 to {_MAX_PIXELS} pixels, found the shape {pixels.shape}")
     if pixels.dtype == np.uint8:
@@ -69,8 +74,9 @@ def _to_array(value: Any) -> Pixels:
     if pixels.dtype == np.bool_:
         return pixels.astype(np.uint8) * np.uint8(255)
     if not np.issubdtype(pixels.dtype, np.floating):
+        found = pixels.dtype if pixels.dtype.kind in "iuc" else type(value).__name__
         raise MediaError(
-            f"expected uint8, bool, or floats from 0 to 1, found {pixels.dtype}; for values from 0 "
+            f"expected uint8, bool, or floats from 0 to 1, found {found}; for values from 0 "
             "to 255, pass image.to(torch.uint8)"
         )
     low, high = float(pixels.min()), float(pixels.max())  # NaN if a value is NaN

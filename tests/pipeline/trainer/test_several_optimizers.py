@@ -410,10 +410,20 @@ def test_an_optimizer_without_any_loss_ends_the_run(caplog: pytest.LogCaptureFix
     trainer = make_trainer(processor=OnlyGenerator(), max_epoch=2)
     with caplog.at_level(logging.WARNING), pytest.raises(BatchProcessorError, match="none for d"):
         trainer()
+    assert "optimizer.d: expected a loss" in caplog.text
     assert "found none for d in 1 epoch;" in caplog.text
     assert trainer.progress.epoch_id == 2
     with pytest.raises(BatchProcessorError, match="none for d in 2 epochs"):
         trainer()  # as a command that is started again
+
+
+def test_a_run_within_one_epoch_warns_of_an_optimizer_without_a_loss(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run with few steps completes: a loss may be due in later steps."""
+    with caplog.at_level(logging.WARNING):
+        make_trainer(processor=OnlyGenerator(), max_step=2)()
+    assert "found none for d in 2 steps; yield 'd', loss" in caplog.text
 
 
 def test_lr_schedulers_step_with_their_own_optimizer() -> None:
@@ -763,6 +773,8 @@ def shared(model: Any) -> dict[str, torch.optim.Optimizer]:
         (adams, {"lr_scheduler": 3}, "a mapping of names to LR schedulers"),
         (adams, {"lr_scheduler_every": "epoch"}, "lr_scheduler_every='epoch': expected an LR"),
         (adams, {"lr_scheduler_every": {"x": "epoch"}}, "lr_scheduler_every: .* found 'x'"),
+        (adams, {"lr_scheduler_every": {"d": "epoch"}}, r"lr_scheduler_every\['d'\]='epoch': exp"),
+        (adams, {"lr_scheduler_monitor": {"d": "loss"}}, r"lr_scheduler_monitor\['d'\]='loss' is"),
         (adams, {"lr_scheduler_monitor": "loss"}, "expected a ReduceLROnPlateau, found none"),
     ],
 )
@@ -807,7 +819,7 @@ def wrong_results() -> dict[str, Callable[[Any, Any], Any]]:
         yield loss(model, batch)
 
     return {
-        "a loss for 'gen', which is no optimizer; optimizers: g, d": unknown,
+        "optimizer: .*a loss for 'gen', which is no optimizer; optimizers: g, d": unknown,
         "a loss for 'q', which is no optimizer; optimizers: g, d": lambda model, batch: (
             None,
             {"q": loss(model, batch)},

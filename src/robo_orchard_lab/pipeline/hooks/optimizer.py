@@ -15,7 +15,7 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
-from robo_orchard_lab.pipeline.context import NamedUpdates, PipelineHookArgs
+from robo_orchard_lab.pipeline.context import NamedUpdates, PipelineHookArgs, PipelineRun
 from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfigError
 from robo_orchard_lab.pipeline.gradient_norm import unscale_gradients
@@ -106,7 +106,8 @@ class OptimizerHook(PipelineHooks):
         self._body = self._update
         self._outside: list[torch.nn.Parameter] = []
 
-        check_lr_scheduler(self.lr_scheduler, lr_scheduler_every, lr_scheduler_monitor)
+        options = lr_scheduler_every, lr_scheduler_monitor
+        check_lr_scheduler(self.lr_scheduler, *options, optimizer_name)
         is_plateau = isinstance(self.lr_scheduler, ReduceLROnPlateau)
         self.lr_scheduler_every: LRSchedulerUnit = lr_scheduler_every or (
             "epoch" if is_plateau else "optimizer_step"
@@ -344,26 +345,34 @@ class NamedOptimizersHook(PipelineHooks):
         for function in tuple(args.run.after_updates.values()):
             function(args._named.is_counted)
 
-    def check_used(self, progress: TrainerProgress, epochs: int) -> None:
-        """Raise an error if an optimizer had no loss in a number of completed epochs.
+    def check_used(self, run: PipelineRun, *, is_end: bool = True) -> None:
+        """Warn of optimizers without a loss so far, or raise an error at the end of a run.
+
+        A run that ends within its first epoch gets the warning, too: an optimizer may have a loss
+        in few steps.
 
         Raises:
             BatchProcessorError: the message names the optimizers.
         """
+        progress = run.progress
         unused = [name for name in self._without_loss if not progress.optimizer_steps[name]]
-        if unused and epochs:
-            raise BatchProcessorError(
-                f"expected a loss for each optimizer, found none for {', '.join(unused)} in "
-                f"{epochs} epoch{'s' * (epochs > 1)}; yield {unused[0]!r}, loss from the batch "
-                "processor, or leave the optimizer out"
-            )
+        if not unused:
+            return
+        count, unit = progress.epoch_id if is_end else 1, "epoch"
+        if not count:
+            count, unit = progress.global_step_id, "step"
+        problem = (
+            f"{run.locate(f'optimizer.{unused[0]}')}: expected a loss for each optimizer, found "
+            f"none for {', '.join(unused)} in {count} {unit}{'s' * (count > 1)}; yield "
+            f"{unused[0]!r}, loss from the batch processor, or leave the optimizer out"
+        )
+        if is_end and progress.epoch_id:
+            raise BatchProcessorError(problem)
+        logger.warning("%s", problem)
 
     def _warn_of_unused(self, args: PipelineHookArgs) -> None:
         if args.epoch_completed and args.epoch_id == 0 and args.exception is None:
-            try:
-                self.check_used(args.progress, 1)
-            except BatchProcessorError as problem:  # an error at the end of the run
-                logger.warning("%s", problem)
+            self.check_used(args.run, is_end=False)
 
     def _make_update(self, args: PipelineHookArgs, hook: OptimizerHook) -> None:
         parameters = trainable_parameters(hook.optimizer)
@@ -414,27 +423,30 @@ def _refuse_closures(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_lr_scheduler(scheduler: Any, every: LRSchedulerUnit | None, monitor: str | None) -> None:
+def check_lr_scheduler(
+    scheduler: Any, every: LRSchedulerUnit | None, monitor: str | None, optimizer_name: str = ""
+) -> None:
     """Raise a PipelineConfigError if options contradict each other or the LR scheduler."""
     units = get_args(LRSchedulerUnit)
+    of = f"[{optimizer_name!r}]" if optimizer_name else ""
     if every is not None and every not in units:
         raise PipelineConfigError(
-            f"lr_scheduler_every must be one of {', '.join(map(repr, units))}, got {every!r}"
+            f"lr_scheduler_every{of} must be one of {', '.join(map(repr, units))}, got {every!r}"
         )
     if every is not None and scheduler is None:
         raise PipelineConfigError(
-            f"lr_scheduler_every={every!r}: expected an LR scheduler, found none; "
-            "pass lr_scheduler=..., or omit lr_scheduler_every"
+            f"lr_scheduler_every{of}={every!r}: expected an LR scheduler, found none; "
+            f"pass lr_scheduler{of}=..., or omit lr_scheduler_every{of}"
         )
     if monitor is not None and not isinstance(scheduler, ReduceLROnPlateau):
         raise PipelineConfigError(
-            f"lr_scheduler_monitor={monitor!r} is for ReduceLROnPlateau, found "
+            f"lr_scheduler_monitor{of}={monitor!r} is for ReduceLROnPlateau, found "
             f"{'no LR scheduler' if scheduler is None else type(scheduler).__name__}; omit it"
         )
     if monitor is not None and every is not None:
         raise PipelineConfigError(
-            f"lr_scheduler_monitor={monitor!r} steps the LR scheduler with each value, found also "
-            f"lr_scheduler_every={every!r}; omit one of them"
+            f"lr_scheduler_monitor{of}={monitor!r} steps the LR scheduler with each value, found "
+            f"also lr_scheduler_every{of}={every!r}; omit one of them"
         )
 
 

@@ -146,7 +146,10 @@ class NamedLosses:
             self._resume(args)
             return
         if not isinstance(result, (tuple, list)) or not isinstance((*result, None)[1], Mapping):
-            raise self._wrong(f"{type(result).__name__}")
+            found = type(result).__name__
+            if isinstance(result, (tuple, list)) and len(result) > 1:
+                found += f" with a loss of type {type(result[1]).__name__}, which has no name"
+            raise self._wrong(found)
         if len(result) != 2:
             raise self._wrong("a weight, which several optimizers don't support")
         args.model_outputs, losses = result
@@ -203,7 +206,8 @@ class NamedLosses:
         if name not in known:
             hint = suggest_name(str(name), list(known), "optimizers:")
             raise BatchProcessorError(
-                f"{self._place()} has a loss for {name!r:.60}, which is no optimizer; {hint}"
+                f"{self._run.locate('optimizer')}: {self._place()} has a loss for {name!r:.60}, "
+                f"which is no optimizer; {hint}"
             )
         # A loss without a graph is right if a hook has frozen all parameters of its optimizer.
         if (

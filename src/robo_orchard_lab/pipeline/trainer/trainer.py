@@ -644,7 +644,7 @@ class HookBasedTrainer:
 
     def _check_optimizers_used(self) -> None:
         if isinstance(self._optimizer_hook, NamedOptimizersHook):
-            self._optimizer_hook.check_used(self.progress, self.progress.epoch_id)
+            self._optimizer_hook.check_used(self._run)
 
     def _loop(self, loop_args: PipelineHookArgs) -> None:
         commit_point = self._commit_point
