@@ -13,6 +13,7 @@ import torch
 
 from robo_orchard_core.utils.config import ConfigError
 from robo_orchard_lab.experiment import ExperimentConfig
+from robo_orchard_lab.experiment.dry_run import fast_run
 from robo_orchard_lab.experiment.evaluation import evaluate
 from robo_orchard_lab.experiment.from_data import read_value
 from robo_orchard_lab.experiment.initial_weights import SavedWeights
@@ -199,6 +200,7 @@ def test_a_model_depends_on_the_data(tmp_path: Path) -> None:
     ]
     built.trainer()
     assert "ValidationHook" in str(build_hook_set(experiment))
+    assert fast_run(experiment)[-1] == "saved, and resumed from step 2 to 3"
     saved = SavedWeights.from_checkpoint(tmp_path / "run/checkpoints/last")
     assert {"eval/val/loss", "eval/val/accuracy"} <= evaluate(experiment, saved).keys()
 

@@ -17,7 +17,7 @@ from torch.utils.data import RandomSampler, SequentialSampler, Subset
 
 from robo_orchard_core.utils.config import Config
 from robo_orchard_core.utils.config.model import field_values
-from robo_orchard_lab.experiment.build import building, make_loader
+from robo_orchard_lab.experiment.build import building, make_loader, with_data
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust
 from robo_orchard_lab.experiment.config import ExperimentConfig
 from robo_orchard_lab.experiment.parts import CHECKPOINT, TrainerConfig
@@ -173,7 +173,8 @@ def fast_run(experiment: ExperimentConfig) -> list[str]:
     Returns:
         Lines of a report.
     """
-    fast = _fast(experiment)
+    with experiment.located():
+        fast = _fast(with_data(experiment))  # the short data below has no such values
     with TemporaryDirectory(prefix="debug-fast-") as folder:
         run_folder = Path(folder)
         first = fast.build(run_folder=run_folder, resume="never", **_short_data(fast))
