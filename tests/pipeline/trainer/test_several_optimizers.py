@@ -885,6 +885,38 @@ def test_losses_that_share_a_graph_name_the_remedy() -> None:
     assert "two yielded losses share a part of their graph" in str(caught.value.__notes__)
 
 
+def test_a_loss_from_before_an_update_names_the_remedy() -> None:
+    """A loss computed before the update of its network is torch's error with the way out."""
+
+    class Early(SimpleBatchProcessor):
+        def forward(self, model: Any, batch: Batch) -> NamedSteps:
+            fake = model["g"](batch[1])
+            early = loss_g(model, fake)
+            yield "d", loss_d(model, batch[0], fake)
+            yield "g", early
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as caught:
+        make_trainer(processor=Early())()
+    assert "compute a loss after the yields" in str(caught.value.__notes__)
+
+
+def test_a_second_loss_of_a_step_is_refused_with_accumulation() -> None:
+    """Within a window, a second update would use the last batch only; without one, it is right."""
+
+    class Twice(SimpleBatchProcessor):
+        def forward(self, model: Any, batch: Batch) -> NamedSteps:
+            fake = model["g"](batch[1])
+            for _ in range(2):
+                yield "d", loss_d(model, batch[0], fake)
+            yield "g", loss_g(model, fake)
+
+    with pytest.raises(BatchProcessorError, match="one loss for 'd' in a step with gradient accu"):
+        make_trainer(processor=Twice(), accumulate=2)()
+    trainer = make_trainer(processor=Twice(), max_step=2)
+    trainer()
+    assert trainer.progress.optimizer_steps == {"g": 2, "d": 4}
+
+
 @pytest.mark.parametrize(
     ("hook", "message"),
     [

@@ -83,6 +83,7 @@ class NamedLosses:
         self._keeps_graph = False
         self._committed: bool | None = None  # the result of a yield
         self._is_replicated = run.accelerator.num_processes > 1
+        self._accumulates = run.accelerator.gradient_accumulation_steps > 1
         self._own_forward = getattr(run.batch_processor, "forward_with_updates", None)
         accumulates = run.accelerator.gradient_accumulation_steps != 1
         if self._own_forward is not None and (accumulates or run.accelerator.scaler is not None):
@@ -197,8 +198,16 @@ class NamedLosses:
         if not isinstance(step, tuple) or len(step) != 2:
             raise self._wrong(f"a yield of {step!r:.60}")
         name, loss = step
-        args.begin_entry(name, self._checked(name, loss))
+        loss = self._checked(name, loss)
         assert args._named is not None
+        if self._accumulates and name in args._named.losses:
+            # Its update would have the gradients of the last batch of the window only.
+            raise BatchProcessorError(
+                f"{self._place()}: expected one loss for {name!r} in a step with gradient "
+                "accumulation, found a second one; add the losses, or leave out "
+                "gradient_accumulation_steps"
+            )
+        args.begin_entry(name, loss)
         args._named.losses[name] = loss.detach()
 
     def _checked(self, name: Any, loss: Any) -> torch.Tensor:

@@ -73,6 +73,11 @@ from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
 
 logger = job_logger(__name__)
 
+_CHANGED_WEIGHTS = (
+    "weights or buffers changed between a forward pass and its backward pass: compute a loss after "
+    "the yields that update its networks, and enter args.evaluating(weights=...) in an after of "
+    "on_step, where no backward pass follows"
+)
 _ONE_SAMPLE = (
     "BatchNorm can't train on a batch of one sample, which the last step of an epoch may leave to "
     "a process; pass drop_last=True to the data loader to leave that step out"
@@ -625,6 +630,8 @@ class HookBasedTrainer:
                         error.add_note(f"{CONFIGURED_AT}{self._locate(hook.name)}")
                 if "Expected more than 1 value per channel when training" in str(error):
                     error.add_note(_ONE_SAMPLE)
+                if "has been modified by an inplace operation" in str(error):
+                    error.add_note(_CHANGED_WEIGHTS)
             raise
         finally:
             self._last_loss = None
