@@ -52,7 +52,6 @@ RED = np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8)  # one row: red, blue
         (torch.zeros(5, 3, 4, 6), (2 * 6 - 2, 3 * 8 - 2, 3)),  # a grid of two rows
         (Image.new("RGB", (7, 5)), (5, 7, 3)),
     ],
-    ids=str,
 )
 def test_images_of_each_layout_are_accepted(value: Any, shape: tuple[int, ...]) -> None:
     """Channels may be first or last, in tensors, arrays and PIL images; a batch is a grid."""
@@ -87,7 +86,6 @@ def test_values_are_scaled_and_copied() -> None:
         (None, "expected uint8, bool, or floats from 0 to 1, found NoneType"),
         ([RED, RED[:, :1]], "expected images of one shape"),
     ],
-    ids=str,
 )
 def test_other_objects_are_refused(value: Any, message: str) -> None:
     """The error has the expectation, the finding and the remedy."""
