@@ -18,6 +18,7 @@ from robo_orchard_lab.experiment.evaluation import evaluate
 from robo_orchard_lab.experiment.from_data import read_value
 from robo_orchard_lab.experiment.initial_weights import SavedWeights
 from robo_orchard_lab.experiment.inspection import build_hook_set
+from robo_orchard_lab.experiment.overrides import from_arguments
 
 TEAM = '''
 import torch
@@ -109,6 +110,19 @@ def test_auto_in_the_function_of_a_lambda_lr() -> None:
     )
     (_, inner) = made._schedulers
     assert inner.lr_lambdas[0](3) == 0.5
+
+
+def test_options_give_a_function_to_an_lr_scheduler(tmp_path: Path) -> None:
+    """A part among the arguments of a class of the same command is no named LR scheduler."""
+    options = [
+        *("--lr_scheduler.lr_lambda.func", "values_team:warmup"),
+        *("--lr_scheduler.lr_lambda.warmup_steps", "2", "--lr_scheduler.lr_lambda.total", "auto"),
+        *("--lr_scheduler.class_type", "torch.optim.lr_scheduler:LambdaLR"),
+    ]
+    load().save(tmp_path / "plain.yaml")
+    overrides = from_arguments(options)[0]
+    made = ExperimentConfig.load(tmp_path / "plain.yaml", overrides=overrides, trust="values_team")
+    assert made.build().lr_scheduler.lr_lambdas[0](3) == 0.5  # type: ignore[union-attr]  # a LambdaLR
 
 
 def test_functions_of_lr_schedulers_round_trip() -> None:

@@ -199,7 +199,7 @@ class _Merger:
     def mapping(self, beneath: Plain, above: dict[str, Plain], path: Path) -> dict[str, Plain]:
         is_merged = isinstance(beneath, dict) and not (
             names_other_code(beneath, above)
-            or (path in OPTIMIZERS and _has_other_form(beneath, above))
+            or (path in OPTIMIZERS and self._has_other_form(beneath, above, path))
         )
         below: dict[str, Plain] = beneath if is_merged else {}  # type: ignore[assignment]  # a dict
         self._copy_origin(self._beneath if is_merged else self._above, path)
@@ -218,6 +218,16 @@ class _Merger:
                 error.source = str(self._above[inner]) if inner in self._above else None
                 raise error
         return result
+
+    def _has_other_form(
+        self, beneath: dict[str, Plain], above: dict[str, Plain], path: Path
+    ) -> bool:
+        own = self._above.get(path)
+        if own is not None and own.layer != "file":  # a part may be an argument of a class
+            named = (self._beneath.get((*path, key)) for key in PART_KEYS)
+            if any(origin is not None and origin.layer == own.layer for origin in named):
+                return False
+        return _has_other_form(beneath, above)
 
     def _value(self, beneath: Plain, above: Plain, path: Path) -> Plain:
         if isinstance(above, ItemChange) and isinstance(beneath, list):
