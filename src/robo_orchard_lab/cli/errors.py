@@ -61,6 +61,8 @@ def exit_code_of(error: BaseException) -> int:
         case SystemExit(code=int(code)):
             return code
     is_usage = isinstance(error, ConfigError) or _is_of_pipeline(error, "PipelineConfigError")
+    if _is_of_pipeline(error, "UnknownMetricError"):
+        is_usage = bool(getattr(error, "place", ""))  # of a setting, before the first step
     return ExitCode.USAGE if is_usage else ExitCode.FAILED
 
 

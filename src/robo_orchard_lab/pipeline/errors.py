@@ -41,6 +41,7 @@ class UnknownMetricError(LookupError):
         place: str = "",
     ) -> None:
         published = sorted(published)
+        self.place = place
         near = self.similar = did_you_mean(name, published)
         super().__init__(
             (f"{place}: no hook is known to publish {name!r}" if place else "")
