@@ -426,6 +426,34 @@ def test_a_run_within_one_epoch_warns_of_an_optimizer_without_a_loss(
     assert "found none for d in 2 steps; yield 'd', loss" in caplog.text
 
 
+def test_an_epoch_without_a_loss_is_no_plateau() -> None:
+    """ReduceLROnPlateau keeps the learning rate of an optimizer whose losses begin later."""
+    model = make_model()
+    optimizer = adams(model)
+    plateau = ReduceLROnPlateau(optimizer["g"], patience=0)
+    rates: list[float] = []
+    hooks = PipelineHooks("rates")
+
+    @hooks.on_epoch.before
+    def note(args: PipelineHookArgs) -> None:
+        rates.append(float(plateau.get_last_lr()[0]))
+
+    class Later(SimpleBatchProcessor):
+        def forward(self, model: Any, batch: Batch) -> NamedSteps:
+            fake = model["g"](batch[1])
+            yield "d", loss_d(model, batch[0], fake)
+            if trainer.progress.epoch_id >= 2:
+                yield "g", loss_g(model, fake)
+
+    schedulers = {"g": plateau}
+    trainer = make_trainer(
+        [hooks], Later(), model=model, optimizer=optimizer, lr_scheduler=schedulers, max_epoch=3
+    )
+    trainer()
+    assert len(set(rates)) == 1
+    assert plateau.best < float("inf")
+
+
 def test_lr_schedulers_step_with_their_own_optimizer() -> None:
     """Units and monitored metrics of LR schedulers are given by name."""
     model = make_model()

@@ -242,7 +242,8 @@ class OptimizerHook(PipelineHooks):
         if accelerator.num_processes > 1:
             total = accelerator.reduce(total, "sum")  # a collective
         loss, weight = total.tolist()  # waits for the device
-        self.lr_scheduler.step(loss / weight if weight else math.nan)
+        if weight:  # else an epoch without a loss of this optimizer, which is no worse epoch
+            self.lr_scheduler.step(loss / weight)
 
     state_schema = StateSchema(optional=["mean_loss"], mean_loss=WeightedSum.schema.type)
 
