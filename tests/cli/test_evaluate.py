@@ -135,7 +135,6 @@ def test_predict_writes_each_sample_in_order(capsys: pytest.CaptureFixture[str])
         (["test", "run", "--best", "--weights", "average"], "no weights of a hook 'average'"),
         (["test", "run", "--best", "--weights", "average"], "name a checkpoint of the run"),
         (["test", "run/checkpoints/last", "--best"], "name the run folder, or leave out the best"),
-        (["test", "run", "--set", "unsen"], "data.unsen: the experiment has no such field"),
         (["predict", "run", "--out", "p.npz"], "missing option '--data'"),
         (["predict", "run", "--data", "vall", "--out", "p.npz"], "data.vall: the experiment has"),
         (["predict", "run", "--data", "val", "--out", "p.csv"], "ending in .jsonl, .npz"),

@@ -202,7 +202,7 @@ def _validation_hooks(
     known = [*data.evaluation, *(data.test or ()), *own]
     for name in sets:
         if name not in known:
-            raise unknown_field(name, known, "the experiment", ("data",))
+            raise unknown_field(name, known, "the experiment", ("data", "evaluation"))
     if not (data.evaluation or own or sets):
         raise ConfigFieldError("there are no evaluation sets; add them to data.evaluation")
     found = found or {"evaluation": ValidationHookConfig()}
