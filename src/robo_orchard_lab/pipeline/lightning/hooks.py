@@ -363,8 +363,12 @@ class TrainerOfModule:
     Lightning's Trainer is a ``PipelineStateError``.
     """
 
+    _adapter: Any
+    _hooks: LightningModuleHooks
+    _given: Mapping[str, Any]
+
     def __init__(self, adapter: Any, hooks: LightningModuleHooks, given: Mapping[str, Any]) -> None:
-        vars(self).update(_adapter=adapter, _hooks=hooks, _given=given)
+        vars(self).update(_adapter=adapter, _hooks=hooks, _given=given)  # not by __setattr__
 
     def __deepcopy__(self, memo: Any) -> TrainerOfModule:
         return self

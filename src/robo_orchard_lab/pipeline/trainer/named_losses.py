@@ -85,17 +85,11 @@ class NamedLosses:
         self._is_replicated = run.accelerator.num_processes > 1
         self._accumulates = run.accelerator.gradient_accumulation_steps > 1
         self._own_forward = getattr(run.batch_processor, "forward_with_updates", None)
-        accumulates = run.accelerator.gradient_accumulation_steps != 1
-        if self._own_forward is not None and (accumulates or run.accelerator.scaler is not None):
+        if self._own_forward is not None and (self._accumulates or run.scalers):
             raise PipelineConfigError(
                 f"{type(run.batch_processor).__name__} makes its updates itself: expected "
                 "gradient_accumulation_steps=1 and no fp16, since it accumulates and scales "
                 "itself; pass Accelerator() or mixed_precision='bf16'"
-            )
-        if self._own_forward is not None and run.scalers:
-            raise PipelineConfigError(
-                f"mixed_precision='fp16': {type(run.batch_processor).__name__} makes its updates "
-                "itself, and its losses are not scaled; use Accelerator(mixed_precision='bf16')"
             )
         self._args = PipelineHookArgs(run)  # of the step, for the processor's own updates
 
