@@ -181,7 +181,7 @@ def test_mistakes_name_the_remedy(
         (
             ["--hooks.validation.weights={ema: EMA}"],
             "",
-            "hooks.validation.weights.ema: no hook nam",
+            "hooks.validation.weights.ema: no hook",
         ),
         (["--hooks.validation.max_batches=0"], "", "hooks.validation.max_batches: expected a numb"),
         (["--hooks.validation.max_batches={x: 1}"], "", "['x']: there is no loader 'x'; expected"),

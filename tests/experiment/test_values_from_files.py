@@ -222,7 +222,7 @@ def test_a_model_depends_on_the_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ("clases.len", "Labelled has no 'clases'; did you mean 'classes'?"),
+        ("clashes.len", "Labelled has no 'clashes'; did you mean 'classes'?"),
         ("classes.9", "list has no '9'; it has 3 entries"),
         ("statistics.y", "dict has no 'y'; it has x, widths"),
         ("statistics.x", "expected numbers, text, lists or mappings"),

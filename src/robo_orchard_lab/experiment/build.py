@@ -179,7 +179,7 @@ def building(*path: str | int) -> Iterator[None]:
         raise
 
 
-ExperimentT = TypeVar("ExperimentT", bound=ExperimentFields)
+FieldsT = TypeVar("FieldsT", bound=ExperimentFields)
 _MAX_VISITS = 16
 
 
@@ -712,9 +712,7 @@ def _with_options(model: torch.nn.Module, experiment: ExperimentFields) -> torch
     return made
 
 
-def with_data(
-    experiment: ExperimentT, loaders: Mapping[str, Iterable[Any]] | None = None
-) -> ExperimentT:
+def with_data(experiment: FieldsT, loaders: Mapping[str, Iterable[Any]] | None = None) -> FieldsT:
     """Replace each ``{from_data: NAME}`` by a value of a loader's dataset.
 
     Args:
