@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from robo_orchard_core.utils.untrusted_text import path_problem
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.pixels import MediaError, Pixels, png, render, to_frames, to_image
 from robo_orchard_lab.pipeline.progress import TrainerProgress
-from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file
+from robo_orchard_lab.pipeline.run.durable import find_leftovers, make_folder, replace_file
 from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 
 logger = logging.getLogger(__name__)
@@ -296,6 +297,9 @@ class MediaFolder:
         """Keep the records up to a step; a new run moves the folder of another run aside."""
         self._counts.clear()
         try:
+            for left in find_leftovers(self._folder, within="**/"):
+                if self._of_this_rank(left):
+                    left.unlink(missing_ok=True)
             found = read_index(self._index)
             if found and step == 0 and self._folder.name == "media":  # with those of all ranks
                 number = 1
@@ -311,6 +315,10 @@ class MediaFolder:
                 replace_file(self._index, lines)
         except OSError as error:
             self._writes.failed(f"reading {self._index}", error, "the run continues")
+
+    def _of_this_rank(self, path: Path) -> bool:
+        """Return False for a path in another rank's folder, ``media/rank<n>``."""
+        return re.match(r"rank\d+/", path.relative_to(self._folder).as_posix()) is None
 
     def write(self, media: Media) -> None:
         """Write a file, and then its line, except for a line that a resumed run has already."""

@@ -10,7 +10,7 @@ from typing import Any
 from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
-from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file
+from robo_orchard_lab.pipeline.run.durable import make_folder, remove_leftovers, replace_file
 
 PLAN_FILE = "plan.json"
 
@@ -63,4 +63,5 @@ def write_plan(folder: Path, hooks: PipelineHooks) -> None:
     """Write plan.json in a run folder; raises OSError."""
     document = {"version": 1, "hooks": [asdict(hook) for hook in plan_hooks(hooks)]}
     make_folder(folder)
+    remove_leftovers(folder / PLAN_FILE)
     replace_file(folder / PLAN_FILE, json.dumps(document, indent=1).encode() + b"\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
-import tempfile
+import uuid
 from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
@@ -100,15 +100,12 @@ def write(path: Path, page: str) -> None:
     Raises:
         OSError: the page can't be written; an old file is unchanged.
     """
-    descriptor, temporary = tempfile.mkstemp(
-        prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
-    )
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(page)
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise

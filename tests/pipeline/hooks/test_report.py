@@ -69,6 +69,17 @@ def test_a_report_appears_during_the_run(tmp_path: Path) -> None:
     )
 
 
+def test_a_run_removes_temporary_files_of_a_killed_run(tmp_path: Path) -> None:
+    """Files that a killed writer of plan, report or media left are gone; those of ranks stay."""
+    names = [".plan.json", ".report.html", "media/x/.00000001.png", "media/.index.jsonl"]
+    left = [tmp_path / f"{name}.{'0' * 32}.tmp" for name in [*names, "media/rank1/x/.1.png"]]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    train(tmp_path, {"report": ReportConfig()})
+    assert list(tmp_path.rglob("*.tmp")) == left[-1:]
+
+
 def test_a_report_that_cannot_be_written_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

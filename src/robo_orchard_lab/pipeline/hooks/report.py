@@ -18,6 +18,7 @@ from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.run.durable import remove_leftovers
 from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 
 logger = job_logger(__name__)
@@ -76,6 +77,8 @@ class Report(PipelineHooks):
         if run.folder is None:
             logger.warning("%s: there is no report, since the trainer has no run_folder", self.name)
         elif self._folder is not None:
+            with suppress(OSError):  # writing reports the error
+                remove_leftovers(self._path)
             run.state_file.at_end[self.name] = self._finish
         return RemovableHandle(lambda: None)
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,14 @@ def temporary_name(name: str) -> str:
 
 def remove_leftovers(path: Path) -> None:
     """Remove temporary files that a killed writer of ``path`` left. Call without other writers."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}.tmp"):
+    for left in find_leftovers(path.parent, path.name):
         left.unlink(missing_ok=True)
+
+
+def find_leftovers(folder: Path, name: str | None = None, within: str = "") -> Iterator[Path]:
+    """Iterate over temporary files of a name, or of all; ``within="**/"`` adds inner folders."""
+    name = "*" if name is None else glob.escape(name)
+    return folder.glob(f"{within}.{name}.{'[0-9a-f]' * 32}.tmp")
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
