@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Check everything. Make the environment first. CI runs the same.
 #
-#     bash scripts/test.sh              style, types, spelling, tests
-#     bash scripts/test.sh --coverage   the same with coverage, which must reach 95 %
+#     bash scripts/test.sh              style, types, spelling, tests with coverage
 #     bash scripts/test.sh --all        also the tests that take minutes; torchrun starts all ranks
 #     bash scripts/test.sh --newest     only the tests, on the newest releases of all packages
 #     bash scripts/test.sh --oldest     only the tests, on the lowest releases that pyproject.toml accepts
@@ -14,18 +13,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 selection="not slow"
 versions=locked
-coverage=() covered=()
 case "$*" in
     "") ;;
-    # Not by default: with background threads, its tracer may deadlock in forked data workers.
-    --coverage)
-        coverage=(--cov --cov-append --cov-report=)
-        covered=(--cov --cov-append --cov-fail-under=95)
-        rm -f "$checkout/.coverage"
-        ;;
     --all) selection="" TEST_LAUNCHER=torchrun ;;
     --newest | --oldest) versions=${1#--} ;;
-    *) stop "expected no argument, --coverage, --all, --newest or --oldest; got: $*" ;;
+    *) stop "expected no argument, --all, --newest or --oldest; got: $*" ;;
 esac
 
 make_environment "$versions"
@@ -54,10 +46,11 @@ if [ "$versions" = locked ]; then
     check "ruff format" "$python" -m ruff format --check
     check "mypy" "$python" -m mypy src tests examples benchmarks
     check "codespell" "$environment/bin/codespell"
-    check "doctests" "$python" -m pytest src --doctest-modules --quiet "${coverage[@]}"
+    check "doctests" "$python" -m pytest src --doctest-modules --quiet --cov --cov-report=
     check "tests" "$python" -m pytest tests "${parallel[@]}" --ignore "$alone" -m "$selection" \
-        "${coverage[@]}"
-    check "tests of speed" "$python" -m pytest "$alone" -m "$selection" "${covered[@]}"
+        --cov --cov-append --cov-report=
+    check "tests of speed, and coverage" "$python" -m pytest "$alone" -m "$selection" \
+        --cov --cov-append --cov-fail-under=95
 else
     "$python" -m pip list --disable-pip-version-check
     check "doctests" "$python" -m pytest src --doctest-modules --quiet
