@@ -26,7 +26,7 @@ from robo_orchard_lab.experiment import (
     TrainerConfig,
     config_of,
 )
-from robo_orchard_lab.experiment.build import parameter_groups
+from robo_orchard_lab.experiment.optimizers import parameter_groups
 from robo_orchard_lab.experiment.samples import MLP, Spirals
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,

@@ -14,13 +14,13 @@ from torch import nn
 
 from robo_orchard_core.utils.config import ConfigError, ConfigFieldError, config_of
 from robo_orchard_lab.experiment import ExperimentConfig
-from robo_orchard_lab.experiment.build import make_optimizers
 from robo_orchard_lab.experiment.catalogue import CATALOGUE
 from robo_orchard_lab.experiment.document import read_experiment
 from robo_orchard_lab.experiment.dry_run import dry_run, fast_run
 from robo_orchard_lab.experiment.evaluation import evaluate
 from robo_orchard_lab.experiment.initial_weights import SavedWeights
 from robo_orchard_lab.experiment.inspection import build_hook_set
+from robo_orchard_lab.experiment.optimizers import make_optimizers
 from robo_orchard_lab.experiment.overrides import from_arguments
 from robo_orchard_lab.experiment.parts import OptimizerConfig
 from robo_orchard_lab.experiment.resume_diff import Difference, differences

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from robo_orchard_core.utils.config import ConfigFieldError
-from robo_orchard_lab.experiment.build import parameter_groups
+from robo_orchard_lab.experiment.optimizers import parameter_groups
 
 
 class Encoder(nn.Module):

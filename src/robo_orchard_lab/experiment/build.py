@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from robo_orchard_core.utils.config import (
@@ -26,14 +25,11 @@ from robo_orchard_core.utils.config import (
     function_of,
 )
 from robo_orchard_core.utils.config.build import (
-    DerivedConfig,
-    code_of,
-    parameters_of,
     returned_class,
 )
-from robo_orchard_core.utils.config.errors import at_path, describe, dotted, suggest_name
+from robo_orchard_core.utils.config.errors import at_path, suggest_name
 from robo_orchard_core.utils.config.model import field_values
-from robo_orchard_core.utils.config.references import reference_to, union_members
+from robo_orchard_lab.experiment.construction import building, made_with
 from robo_orchard_lab.experiment.from_data import (
     FIELDS_FROM_DATA,
     FROM_DATA,
@@ -43,6 +39,14 @@ from robo_orchard_lab.experiment.from_data import (
     uses_data,
 )
 from robo_orchard_lab.experiment.initial_weights import WeightsReport, load_weights
+from robo_orchard_lab.experiment.optimizers import (
+    by_name,
+    check_lr_schedulers,
+    lr_scheduler_options,
+    make_lr_schedulers,
+    make_optimizer,
+    make_optimizers,
+)
 from robo_orchard_lab.experiment.parts import (
     AUTO,
     CHECKPOINT,
@@ -50,7 +54,6 @@ from robo_orchard_lab.experiment.parts import (
     ExperimentFields,
     InitialWeights,
     LoaderConfig,
-    LRSchedulerFields,
 )
 from robo_orchard_lab.experiment.resume_diff import lr_settings
 from robo_orchard_lab.experiment.run_checkpoints import list_checkpoints
@@ -60,124 +63,14 @@ from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.context import Locate
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
-from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.gradient_checkpointing import enable_gradient_checkpointing
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import SaveCheckpoint, ValidationHookConfig
-from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit, check_lr_scheduler
 from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER
 from robo_orchard_lab.pipeline.media import flatten
-from robo_orchard_lab.pipeline.model import (
-    NamedParameters,
-    all_named_parameters,
-    match_parameters,
-    suggest_pattern,
-)
 from robo_orchard_lab.pipeline.progress import TrainerLimits
 from robo_orchard_lab.pipeline.run.run_path import in_run_folder
-
-NORMS_AND_BIASES = "norms_and_biases"
-_NORM = re.compile(r"Norm(\dd)?$")
-_BIAS = re.compile(r"(^|\.)(bias_[^.]*|([^.]*_)?bias)$")
-
-
-def parameter_groups(
-    model: torch.nn.Module,
-    groups: Mapping[str, Mapping[str, Any]],
-    own: Collection[torch.nn.Parameter] | None = None,
-) -> list[dict[str, Any]]:
-    """Build parameter groups for a torch optimizer, in a reproducible order.
-
-    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
-    >>> groups = parameter_groups(model, {
-    ...     "no_decay": {"parameters": "norms_and_biases", "weight_decay": 0.0},
-    ... })
-    >>> [(len(group.pop("params")), group) for group in groups]
-    [(1, {}), (3, {'weight_decay': 0.0})]
-
-    Each parameter belongs to the first group that it matches. Parameters without a match form
-    the first group, with the optimizer's default options. Frozen parameters are included, as in
-    ``model.parameters()``; optimizers skip parameters without a gradient.
-
-    Args:
-        model: Model whose parameters are grouped.
-        groups: Groups by name. ``"parameters"`` is a pattern of parameter names or a list of
-            patterns: ``*`` matches any text, dots included, ``?`` one character, ``[ab]`` one of
-            several. ``"norms_and_biases"`` matches the parameters of normalization layers (classes
-            named like ``LayerNorm`` or ``BatchNorm2d``, and their subclasses) and parameters named
-            ``bias``, ``..._bias`` or ``bias_...``. Other keys are options of the optimizer.
-        own: Parameters to group; None: all parameters of the model.
-
-    Raises:
-        ConfigFieldError: A pattern matches nothing, or earlier groups contain all parameters of a
-            group. The path begins with the group's name.
-    """
-    named = all_named_parameters(model)
-    if own is not None:
-        named = [(name, parameter) for name, parameter in named if parameter in own]
-    group_of: dict[torch.nn.Parameter, str] = {}
-    for name, group in groups.items():
-        with building(name, "parameters"):
-            matched = [*_matched(model, named, group["parameters"])]
-            free = [parameter for parameter in matched if parameter not in group_of]
-            if not free:
-                earlier = ", ".join(dict.fromkeys(group_of[parameter] for parameter in matched))
-                raise ConfigFieldError(
-                    f"all matching parameters belong to earlier groups ({earlier}); move this "
-                    "group before them, or remove it"
-                )
-        group_of |= dict.fromkeys(free, name)
-    members: dict[str | None, list[torch.nn.Parameter]] = {name: [] for name in (None, *groups)}
-    for parameter in dict.fromkeys(parameter for _, parameter in named):
-        members[group_of.get(parameter)].append(parameter)
-    rest = members.pop(None)
-    divided: list[dict[str, Any]] = [{"params": rest}] if rest else []
-    for name, group in groups.items():
-        options = {option: value for option, value in group.items() if option != "parameters"}
-        divided.append({"params": members[name], **options})
-    return divided
-
-
-def _matched(
-    model: torch.nn.Module, named: NamedParameters, patterns: str | Sequence[str]
-) -> Iterator[torch.nn.Parameter]:
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        advice = ""
-        if pattern == NORMS_AND_BIASES:
-            of_norms = {
-                parameter
-                for module in model.modules()
-                if any(_NORM.search(base.__name__) for base in type(module).__mro__)
-                for parameter in module.parameters(recurse=False)
-            }
-            found = [p for name, p in named if _BIAS.search(name) or p in of_norms]
-        elif not (found := match_parameters(pattern, named)):
-            advice = f"; {suggest_pattern(pattern, named)}"
-        if not found:
-            raise ConfigFieldError(f"{pattern!r} matches no parameter{advice}")
-        yield from found
-
-
-@contextmanager
-def building(*path: str | int) -> Iterator[None]:
-    """Add the path of a part to errors raised while the part is built.
-
-    TypeError, ValueError and OSError become the cause of a ``ConfigBuildError``; other errors get
-    a note.
-    """
-    try:
-        with at_path(*path):
-            yield
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, OSError) as error:
-        ours = isinstance(error, PipelineConfigError)
-        problem = str(error) if ours else f"{type(error).__name__}: {error}"
-        raise ConfigBuildError(problem, path) from error
-    except Exception as error:
-        error.add_note(f"while building {dotted(path)}")
-        raise
-
 
 FieldsT = TypeVar("FieldsT", bound=ExperimentFields)
 _MAX_VISITS = 16
@@ -234,113 +127,8 @@ def make_loader(config: LoaderConfig) -> DataLoader[Any]:
     for name in ("sampler", "batch_sampler"):
         if (sampler := getattr(config, name)) is not None:
             with building(name):
-                options[name] = _made_with(sampler, given)
+                options[name] = made_with(sampler, given)
     return DataLoader(dataset, **options)
-
-
-def make_optimizer(config: Any, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Build an optimizer of the configured parameters, by default all, in their groups."""
-    parameters: Iterable[Any] = model.parameters()
-    own = None
-    if (patterns := getattr(config, "parameters", None)) is not None:
-        with building("parameters"):
-            own = {*_matched(model, all_named_parameters(model), patterns)}
-        parameters = [parameter for parameter in parameters if parameter in own]
-    if groups := getattr(config, "groups", {}):
-        with building("groups"):
-            parameters = parameter_groups(
-                model,
-                {
-                    name: {"parameters": group.parameters, **group.options()}
-                    for name, group in groups.items()
-                },
-                own,
-            )
-    made: torch.optim.Optimizer = config(parameters)
-    return made
-
-
-def make_optimizers(
-    configs: Mapping[str, Any], model: torch.nn.Module
-) -> dict[str, torch.optim.Optimizer]:
-    """Build optimizers by name; each trainable parameter of the model belongs to one of them.
-
-    Raises:
-        ConfigFieldError: A pattern matches nothing, two optimizers have a parameter, or none has a
-            trainable parameter.
-    """
-    owners: dict[torch.nn.Parameter, str] = {}
-    names = {parameter: name for name, parameter in all_named_parameters(model)}
-    made: dict[str, torch.optim.Optimizer] = {}
-    for name, config in configs.items():
-        with building(name):
-            made[name] = make_optimizer(config, model)
-            for parameter in (p for group in made[name].param_groups for p in group["params"]):
-                if (other := owners.setdefault(parameter, name)) != name:
-                    problem = f"{names[parameter]!r} belongs to the optimizer {other!r} already; "
-                    raise ConfigFieldError(problem + "change the patterns of one", ("parameters",))
-    lacking = [name for p, name in names.items() if p.requires_grad and p not in owners]
-    if lacking:
-        raise ConfigFieldError(
-            f"no optimizer has {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''} "
-            f"({len(lacking)} trainable parameters); add a pattern of their names to one "
-            "optimizer's parameters, or set requires_grad=False in the model"
-        )
-    return made
-
-
-def lr_scheduler_unit(config: Any) -> LRSchedulerUnit:
-    """Return the interval at which an LR scheduler steps."""
-    plateau = issubclass(getattr(config, "class_type", object), ReduceLROnPlateau)
-    every: LRSchedulerUnit | None = getattr(config, "every", None)
-    return every or ("epoch" if plateau else "optimizer_step")
-
-
-def make_lr_scheduler(
-    config: Any, optimizer: torch.optim.Optimizer, count_steps: Callable[[], int]
-) -> LRScheduler:
-    """Build an LR scheduler; ``count_steps`` computes ``auto``."""
-    made: Any = _made_with(_counted(config, count_steps), {"optimizer": optimizer})
-    if not isinstance(made, LRScheduler):
-        name = reference_to(code_of(config))
-        raise ConfigBuildError(f"expected an LR scheduler from {name!r}, found {describe(made)}")
-    return made
-
-
-def _make_lr_schedulers(
-    configs: Any, optimizers: Any, count_steps: Callable[[LRSchedulerUnit], int]
-) -> Any:
-    """Build the LR scheduler of an optimizer, or LR schedulers by the names of optimizers."""
-    if not isinstance(configs, dict):
-        count = partial(count_steps, lr_scheduler_unit(configs))
-        return make_lr_scheduler(configs, optimizers, count)
-    made = {}
-    for name, config in configs.items():
-        with building(name):
-            if not (isinstance(optimizers, Mapping) and name in optimizers):  # the caller's own
-                raise ConfigFieldError(f"optimizer= lacks {name!r}; pass lr_scheduler= as well")
-            made[name] = _make_lr_schedulers(config, optimizers[name], count_steps)
-    return made
-
-
-def _check_lr_schedulers(configs: Any, made: Any, locate: Locate | None) -> None:
-    """Check the options of LR schedulers as the trainer does, where the place is known."""
-    for name, scheduler in _by_name(made).items():
-        config = configs[name] if name else configs
-        options = getattr(config, "every", None), getattr(config, "monitor", None)
-        try:
-            check_lr_scheduler(scheduler, *options)
-        except PipelineConfigError as error:
-            place = locate("lr_scheduler", *filter(None, [name])) if locate else name
-            raise PipelineConfigError(f"{place}: {error}") from None
-
-
-def _options(configs: Any, option: str) -> Any:
-    """Return an option of an LR scheduler, or of LR schedulers by name."""
-    if not isinstance(configs, dict):
-        return getattr(configs, option, None)
-    found = {name: _options(config, option) for name, config in configs.items()}
-    return {name: value for name, value in found.items() if value is not None} or None
 
 
 def make_processor(config: Any) -> BatchProcessor:
@@ -372,54 +160,6 @@ def make_hook(
         return config(dataloaders=evaluation)
     made: PipelineHooks = config()
     return made
-
-
-def _made_with(config: Any, given: Mapping[str, Any], *, is_inner: bool = False) -> Any:
-    """Build a config with those arguments that it and its inner parts accept.
-
-    Code with ``**kwargs`` accepts all. An inner part that accepts none is returned as given.
-    """
-    if isinstance(config, list | tuple):
-        made = [_made_with(part, given, is_inner=True) for part in config]
-        is_same = all(part is before for part, before in zip(made, config, strict=True))
-        return config if is_same else type(config)(made)
-    if is_inner and not isinstance(config, DerivedConfig):
-        return config
-    parameters = parameters_of(code_of(config))
-    names = {parameter.name for parameter in parameters}
-    takes_any = not is_inner and any(p.kind is p.VAR_KEYWORD for p in parameters)
-    arguments = {name: value for name, value in given.items() if takes_any or name in names}
-    if isinstance(config, DerivedConfig):
-        for name, value in config.arguments().items():
-            inner = _made_with(value, given, is_inner=True)
-            if inner is not value:
-                arguments[name] = inner
-    return config(**arguments) if arguments or not is_inner else config
-
-
-def _counted(config: Any, count_steps: Callable[[], int], *, outermost: bool = True) -> Any:
-    """Replace ``auto`` by the number of steps in an LR scheduler and the parts inside."""
-    if isinstance(config, list):
-        parts = []
-        for index, part in enumerate(config):
-            with building(index):
-                parts.append(_counted(part, count_steps, outermost=False))
-        return parts
-    if not isinstance(config, DerivedConfig | LRSchedulerFields):
-        return config
-    for name in () if outermost else ("every", "monitor"):
-        if isinstance(config, LRSchedulerFields) and getattr(config, name) is not None:
-            raise ConfigFieldError("applies to the outermost LR scheduler; move it there", (name,))
-    changes: dict[str, Any] = {}
-    for name, value in field_values(config).items():
-        with building(name):
-            field = type(config).model_fields.get(name)
-            kinds = () if field is None else union_members(field.annotation)
-            if value == AUTO and {int, Any}.intersection(kinds):
-                changes[name] = count_steps()
-            elif isinstance(value, list | DerivedConfig):
-                changes[name] = _counted(value, count_steps, outermost=False)
-    return config.model_copy(update=changes) if changes else config
 
 
 class LiveObjects(TypedDict, total=False):
@@ -549,8 +289,8 @@ def build_experiment(
         if lr_scheduler is None and scheduler_config is not None:
             count = partial(count_lr_scheduler_steps, dataloader, accelerator, limits)
             with building("lr_scheduler"):
-                lr_scheduler = _make_lr_schedulers(scheduler_config, optimizer, count)
-            _check_lr_schedulers(scheduler_config, lr_scheduler, locate)
+                lr_scheduler = make_lr_schedulers(scheduler_config, optimizer, count)
+            check_lr_schedulers(scheduler_config, lr_scheduler, locate)
         if batch_processor is None:
             with building("batch_processor"):
                 described = _described(complete.batch_processor, "batch_processor")
@@ -574,8 +314,8 @@ def build_experiment(
         max_step=limits.max_step,
         max_optimizer_step=limits.max_optimizer_step,
         max_epoch=limits.max_epoch,
-        lr_scheduler_every=_options(scheduler_config, "every"),
-        lr_scheduler_monitor=_options(scheduler_config, "monitor"),
+        lr_scheduler_every=lr_scheduler_options(scheduler_config, "every"),
+        lr_scheduler_monitor=lr_scheduler_options(scheduler_config, "monitor"),
         run_folder=folder,
         resume_from=None if resume == "never" else resume,
         data_order=DataOrder(seed=experiment.seed, **dict(experiment.data.order)),
@@ -595,8 +335,8 @@ def build_experiment(
         dataloader,
         loaders,
         model,
-        _by_name(optimizer),
-        _by_name(lr_scheduler),
+        by_name(optimizer),
+        by_name(lr_scheduler),
         batch_processor,
         built_hooks,
         trainer,
@@ -621,12 +361,6 @@ def _load_initial_weights(config: InitialWeights, model: torch.nn.Module) -> Wei
             return load_weights(model, **field_values(config))
         except StateError as error:
             raise ConfigBuildError(str(error), ("path",)) from error
-
-
-def _by_name(objects: Any) -> dict[str, Any]:
-    if isinstance(objects, Mapping):
-        return dict(objects)
-    return {} if objects is None else {"": objects}
 
 
 def make_accelerator(config: AcceleratorConfig, run_folder: Path) -> Accelerator:

@@ -17,9 +17,10 @@ from torch.utils.data import RandomSampler, SequentialSampler, Subset
 
 from robo_orchard_core.utils.config import Config
 from robo_orchard_core.utils.config.model import field_values
-from robo_orchard_lab.experiment.build import building, make_loader, with_data
+from robo_orchard_lab.experiment.build import make_loader, with_data
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust
 from robo_orchard_lab.experiment.config import ExperimentConfig
+from robo_orchard_lab.experiment.construction import building
 from robo_orchard_lab.experiment.parts import CHECKPOINT, TrainerConfig
 from robo_orchard_lab.experiment.run_plan import RunLength, count_due, run_length
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks

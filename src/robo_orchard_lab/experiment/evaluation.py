@@ -13,7 +13,6 @@ from accelerate.utils import set_seed
 from robo_orchard_core.utils.config import ConfigFieldError
 from robo_orchard_core.utils.config.errors import suggest_name, unknown_field
 from robo_orchard_lab.experiment.build import (
-    building,
     make_accelerator,
     make_hook,
     make_loader,
@@ -21,6 +20,7 @@ from robo_orchard_lab.experiment.build import (
     with_data,
 )
 from robo_orchard_lab.experiment.config import ExperimentConfig
+from robo_orchard_lab.experiment.construction import building
 from robo_orchard_lab.experiment.initial_weights import SavedWeights
 from robo_orchard_lab.experiment.parts import LoaderConfig
 from robo_orchard_lab.experiment.run_checkpoints import RunCheckpoints
