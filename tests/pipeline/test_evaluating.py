@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from evaluate_on_ranks import Classify, buffers_of, make_evaluation_loader, make_normalised
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
 from robo_orchard_lab.pipeline.hooks import EMAConfig
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from tiny import equal, make_trainer, weights
 
 

@@ -16,9 +16,9 @@ from robo_orchard_lab.pipeline import (
     TrainerLimits,
     TrainerProgress,
 )
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, UnknownMetricError
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.requests import Requests
 
 

@@ -19,7 +19,6 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from launching import end_group, launch
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks
 from robo_orchard_lab.pipeline.hooks.ema import EMAConfig
@@ -27,6 +26,7 @@ from robo_orchard_lab.pipeline.hooks.metric_tracker import MetricTrackerConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHookArgs
 from robo_orchard_lab.pipeline.hooks.validation import ValidationHookConfig
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.trigger import EverySteps
 from tiny import equal, make_model
 

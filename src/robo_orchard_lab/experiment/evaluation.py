@@ -26,10 +26,10 @@ from robo_orchard_lab.experiment.parts import LoaderConfig
 from robo_orchard_lab.experiment.run_checkpoints import RunCheckpoints
 from robo_orchard_lab.experiment.run_folder import NoRunError
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
 from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hooks import KeepBestConfig, ValidationHookConfig
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.predictions import Predictions
 from robo_orchard_lab.pipeline.run.run_path import in_run_folder
 

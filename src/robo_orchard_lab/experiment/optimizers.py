@@ -17,7 +17,6 @@ from robo_orchard_core.utils.config.model import field_values
 from robo_orchard_core.utils.config.references import reference_to, union_members
 from robo_orchard_lab.experiment.construction import building, made_with
 from robo_orchard_lab.experiment.parts import AUTO, LRSchedulerFields
-from robo_orchard_lab.pipeline.context import Locate
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hooks.optimizer import LRSchedulerUnit, check_lr_scheduler
 from robo_orchard_lab.pipeline.model import (
@@ -26,6 +25,7 @@ from robo_orchard_lab.pipeline.model import (
     match_parameters,
     suggest_pattern,
 )
+from robo_orchard_lab.pipeline.pipeline_run import Locate
 
 NORMS_AND_BIASES = "norms_and_biases"
 _NORM = re.compile(r"Norm(\dd)?$")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from robo_orchard_lab.pipeline.batch_processor import count_elements, describe_batch
-from robo_orchard_lab.pipeline.context import PipelineRun
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 
 # Several backends, and the CPU's allocator, raise plain RuntimeErrors.
 _TEXTS = re.compile("out of memory|not enough memory|DefaultCPUAllocator|ALLOC_FAILED")

@@ -29,9 +29,10 @@ from robo_orchard_lab.pipeline.checkpoint import (
     named_optimizer_state,
     parameters_beside,
 )
-from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.model import plain_model, plain_name
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, ChannelName
 from robo_orchard_lab.pipeline.trainer import HookBasedTrainer
 

@@ -13,12 +13,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanSquaredError, PearsonCorrCoef
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hooks import LossTrackerConfig, MetricTrackerConfig, OptimizerHook
 from robo_orchard_lab.pipeline.metrics import MetricsBoard, WeightedSum, resolve
 from robo_orchard_lab.pipeline.metrics.accumulators import combine
 from robo_orchard_lab.pipeline.metrics.torchmetrics import TorchMetrics
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from tiny import make_model
 
 NUMBERS = [(1, 2), (2, 1), (3, 2), (2, 3), (4, 1)]

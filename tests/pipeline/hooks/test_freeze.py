@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hooks.freeze import FreezeHookConfig
 from robo_orchard_lab.pipeline.hooks.gradient_clipping import GradientClippingHookConfig
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.testing import assert_no_device_sync, assert_state_round_trip
 from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
 from weights_on_ranks import train_on

@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, SimpleBatchProcessor
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
 from robo_orchard_lab.pipeline.hooks.mixin import HookContext, PipelineHooks
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from tiny import equal, loss_of, make_loader, make_model, make_trainer, weights
 
 

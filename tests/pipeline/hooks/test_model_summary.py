@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 
 from robo_orchard_lab.pipeline import PipelineHookArgs
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.hooks.freeze import FreezeHookConfig
 from robo_orchard_lab.pipeline.hooks.model_summary import (
     ModelSummaryConfig,
     ModuleSize,
     summarize,
 )
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.testing import (
     assert_no_device_sync,
     assert_state_round_trip,

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import StepLR
 
 from launching import SCRIPTS, launch
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, SimpleBatchProcessor
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import GradientClippingHookConfig
@@ -27,6 +26,7 @@ from robo_orchard_lab.pipeline.hooks.non_finite_guard import (
     NonFiniteGuardConfig,
 )
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.quarantine import read_window, replay
 from robo_orchard_lab.testing import (
     assert_no_device_sync,

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from robo_orchard_lab.pipeline import PipelineHookArgs
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.run.durable import temporary_name
 from robo_orchard_lab.pipeline.sinks import (
     JsonLinesSink,

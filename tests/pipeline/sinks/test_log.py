@@ -9,8 +9,8 @@ import pydantic
 import pytest
 
 from robo_orchard_lab.pipeline import PipelineHookArgs
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.sinks import LogSink, LogSinkConfig
 
 VALUES = (

@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from robo_orchard_lab.pipeline import PipelineHookArgs
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.sinks import TrackerSink, TrackerSinkConfig
 
 RECORDS = (

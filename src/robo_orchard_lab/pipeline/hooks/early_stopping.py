@@ -32,7 +32,7 @@ class EarlyStopping(PipelineHooks):
     - State: the best value, its step, the number of values since, and the latest value.
     - Cost: for a step that publishes the metric, see :meth:`MetricsBoard.subscribe`; else none.
 
-    >>> from robo_orchard_lab.pipeline.context import PipelineRun
+    >>> from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
     >>> run = PipelineRun.standalone()
     >>> stopping = EarlyStoppingConfig(monitor="eval/val/loss", mode="min", patience=2)()
     >>> with stopping.begin("on_loop", PipelineHookArgs(run)):

@@ -13,12 +13,13 @@ from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 
 from robo_orchard_core.utils.hook import RemovableHandle
-from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.run.durable import remove_leftovers
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharding import non_finite_weights
@@ -116,7 +117,7 @@ class KeepBest(PipelineHooks):
       value, a read of all weights and, with several ranks, a collective; else none.
 
     >>> from accelerate import Accelerator
-    >>> from robo_orchard_lab.pipeline.context import PipelineRun
+    >>> from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
     >>> run = PipelineRun.standalone(accelerator=Accelerator(cpu=True))
     >>> keep = KeepBestConfig(monitor="eval/val/loss", mode="min", path="best.safetensors")()
     >>> with keep.begin("on_loop", PipelineHookArgs(run)):

@@ -206,7 +206,7 @@ class LossTracker(PipelineHooks):
     - Cost: 3 us a step on a CPU, and 2.2 us for each named loss; 0.6 us more for each loss if the
       processor returns weights. No device sync.
 
-    >>> from robo_orchard_lab.pipeline.context import PipelineRun
+    >>> from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
     >>> run, tracker = PipelineRun.standalone(), LossTrackerConfig()()
     >>> with tracker.begin("on_loop", PipelineHookArgs(run)):
     ...     for loss in (1.0, 2.0):

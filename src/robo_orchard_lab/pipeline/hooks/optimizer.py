@@ -15,13 +15,14 @@ from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
-from robo_orchard_lab.pipeline.context import NamedUpdates, PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.context import NamedUpdates, PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfigError
 from robo_orchard_lab.pipeline.gradient_norm import unscale_gradients
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, WeightedSum
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.state_schema import StateSchema, Text
 

@@ -25,7 +25,7 @@ from robo_orchard_lab.pipeline.checkpoint import (
     Retention,
 )
 from robo_orchard_lab.pipeline.checkpoint.state import encode_state
-from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import (
     CheckpointError,
     PipelineConfigError,
@@ -38,6 +38,7 @@ from robo_orchard_lab.pipeline.hooks.keep_best import Mode
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.model import plain_model
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.requests import Request
 from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 from robo_orchard_lab.pipeline.run.run_path import RunPath

@@ -12,11 +12,12 @@ import torch
 from pydantic import Field
 
 from robo_orchard_core.utils.hook import HookContext, RemovableHandle
-from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import check_state_version
 from robo_orchard_lab.pipeline.gradient_norm import gradient_norm
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.progress import remaining_steps
 from robo_orchard_lab.pipeline.state_schema import Flag, StateSchema, Text
 from robo_orchard_lab.pipeline.trigger import TriggerField

@@ -13,8 +13,9 @@ import torch
 from pydantic import Field
 from torch.profiler import ProfilerAction, profile
 
-from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 
 logger = logging.getLogger(__name__)

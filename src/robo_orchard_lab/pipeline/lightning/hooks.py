@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from robo_orchard_core.utils.hook import HookContext
-from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import join_by_rank
 from robo_orchard_lab.pipeline.errors import (
     PipelineConfigError,
@@ -22,6 +22,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.metrics.accumulators import Reduction
 from robo_orchard_lab.pipeline.metrics.torchmetrics import TorchMetrics
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.state_schema import StateSchema, check_similar
 
 

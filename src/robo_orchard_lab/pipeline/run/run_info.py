@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from robo_orchard_core.utils.config import Config, ConfigSaveError
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.model import plain_model
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 
 MAX_DIFF_BYTES = 4 << 20
 MAX_NAMES = 200

@@ -236,7 +236,7 @@ class LogSink:
     The epoch counts from 1; the step is the number of completed steps. Values of earlier steps are
     marked with their step.
 
-    >>> from robo_orchard_lab.pipeline.context import PipelineRun
+    >>> from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
     >>> run, sink = PipelineRun.standalone(), LogSink(names=["loss/*"])
     >>> sink.open(PipelineHookArgs(run))
     >>> loss, rate = MetricValue("loss/total", 0.42314, 50), MetricValue("lr/group0", 1e-4, 50)

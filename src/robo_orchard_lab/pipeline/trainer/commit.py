@@ -10,10 +10,11 @@ from typing import Any
 
 from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_lab.pipeline.checkpoint import pack_weights
-from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineStateError, UnknownMetricError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.requests import (
     EvaluateRequest,
     LogRequest,

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from robo_orchard_lab.pipeline.checkpoint import SavedState
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook
 from robo_orchard_lab.pipeline.job_log import announce, job_logger
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 
 logger = job_logger(__name__)
 

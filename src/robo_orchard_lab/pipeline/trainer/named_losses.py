@@ -11,12 +11,7 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from robo_orchard_core.utils.config.errors import suggest_name
-from robo_orchard_lab.pipeline.context import (
-    SKIP_TOO_LATE,
-    NamedUpdates,
-    PipelineHookArgs,
-    PipelineRun,
-)
+from robo_orchard_lab.pipeline.context import SKIP_TOO_LATE, NamedUpdates, PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import GatheredNumbers, broadcast_tensors
 from robo_orchard_lab.pipeline.errors import (
     BatchProcessorError,
@@ -30,6 +25,7 @@ from robo_orchard_lab.pipeline.hooks.optimizer import (
     trainable_parameters,
 )
 from robo_orchard_lab.pipeline.model import autocast_context, copy_all
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 
 _SHARED_GRAPH = (
     "two yielded losses share a part of their graph: compute it again after the first yield, or "

@@ -18,13 +18,13 @@ from torch.utils.data import RandomSampler, WeightedRandomSampler
 
 from robo_orchard_core.utils.hook import FunctionInfo
 from robo_orchard_lab.pipeline.batch_processor import count_batches
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.data.loader import is_map_style
 from robo_orchard_lab.pipeline.distributed.collectives import gather_numbers, gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError
 from robo_orchard_lab.pipeline.gradient_norm import REPLICATED_TYPES
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, TriggeredHook
 from robo_orchard_lab.pipeline.model import ddp_of
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
 from robo_orchard_lab.pipeline.run.run_info import hook_configuration, versions
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded

@@ -20,13 +20,13 @@ from robo_orchard_lab.pipeline.checkpoint import (
     parameters_beside,
     restore_random_state,
 )
-from robo_orchard_lab.pipeline.context import PipelineRun
 from robo_orchard_lab.pipeline.data import TrainingData
 from robo_orchard_lab.pipeline.distributed.collectives import gather_objects, parts_for_rank
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import ddp_of, plain_model, plain_name, plain_state
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded, local_tensor
 from robo_orchard_lab.pipeline.sharding import shard_like
 from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Tensors

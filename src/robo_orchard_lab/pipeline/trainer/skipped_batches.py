@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from robo_orchard_lab.pipeline.batch_processor import LossWeighting, scale_gradients
-from robo_orchard_lab.pipeline.context import PipelineHookArgs, PipelineRun
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineStateError
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, padding_step
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights
 from robo_orchard_lab.pipeline.trainer.setup import ENGINES

@@ -26,11 +26,11 @@ from robo_orchard_lab.pipeline.checkpoint import (
     save_checkpoint,
 )
 from robo_orchard_lab.pipeline.checkpoint.manifest import LOSSES, FileName
-from robo_orchard_lab.pipeline.context import PipelineRun, Snapshot
 from robo_orchard_lab.pipeline.data import TrainingData
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.model import plain_model, plain_name, plain_state, plain_weights
+from robo_orchard_lab.pipeline.pipeline_run import PipelineRun, Snapshot
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.run.run_info import describe_run
 from robo_orchard_lab.pipeline.sharding import reshard

@@ -17,12 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from robo_orchard_core.utils.hook.errors import CONFIGURED_AT, origin_of
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
-from robo_orchard_lab.pipeline.context import (
-    SKIP_TOO_LATE,
-    Locate,
-    PipelineHookArgs,
-    PipelineRun,
-)
+from robo_orchard_lab.pipeline.context import SKIP_TOO_LATE, PipelineHookArgs
 from robo_orchard_lab.pipeline.data import DataOrder, TrainingData
 from robo_orchard_lab.pipeline.data.loader import explain_no_batch
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
@@ -48,6 +43,7 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricInputs, MetricsLike
 from robo_orchard_lab.pipeline.model import forward_in_context
 from robo_orchard_lab.pipeline.out_of_memory import FittingBatch
+from robo_orchard_lab.pipeline.pipeline_run import Locate, PipelineRun
 from robo_orchard_lab.pipeline.plan import write_plan
 from robo_orchard_lab.pipeline.predictions import Predictions
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
