@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,17 @@ def test_named_values_have_a_weight() -> None:
         return None, {"a": torch.tensor(nan), "b": nan, "c": torch.tensor(6.0)}, weight
 
     assert evaluate(step) == {"val/a": 4.0, "val/b": 4.0, "val/c": 6.0}
+
+
+def test_values_without_any_weight_are_nan() -> None:
+    """A value whose weights are all 0 is NaN, as a mean on the board; no value stays absent."""
+
+    def step(model: Any, batch: Any) -> Any:
+        return None, {"a": error_of(model, batch), "b": 1.0, "c": None}, 0
+
+    found = evaluate(step)
+    assert {*found} == {"val/a", "val/b"}
+    assert all(map(math.isnan, found.values()))
 
 
 def test_metrics_use_the_outputs_of_the_step() -> None:

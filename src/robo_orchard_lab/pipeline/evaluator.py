@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, islice
@@ -279,7 +280,8 @@ class Evaluator:
     Args:
         model: prepared by ``accelerator`` or not; stays on its device.
         batch_processor: returns outputs and loss. Values are means over samples, or weighted by the
-            weight that the processor returns; batches without a loss do not count.
+            weight that the processor returns; batches without a loss do not count. A value whose
+            weights are all 0 is NaN.
         dataloaders: loaders by name, divided as :class:`EvaluationLoader` describes.
         max_batches: limit of batches of each loader, or by its name: the first ones of the job.
         metrics: torchmetrics by name, or a collection; copied.
@@ -593,7 +595,7 @@ class _MeanLosses:
     """Deferred weighted means over all ranks, by name.
 
     A rank without batches knows no names, so names travel with the sums. A name has no value if no
-    rank has a loss of it.
+    rank has a loss of it, and NaN if all its weights are 0.
     """
 
     def __init__(self, prefix: str, sums: Mapping[str, WeightedSum], device: torch.device) -> None:
@@ -623,7 +625,8 @@ class _MeanLosses:
             totals[name] = [*map(sum, zip(totals.get(name, (0.0, 0.0)), row, strict=True))]
         self.seen = list(totals)
         self._names = [f"{self._prefix}{name}" for name in totals]
-        return {f"{self._prefix}{n}": total / w for n, (total, w) in totals.items() if w}
+        means = [total / weight if weight else math.nan for total, weight in totals.values()]
+        return dict(zip(self._names, means, strict=True))
 
 
 class _JoinedMetrics:
