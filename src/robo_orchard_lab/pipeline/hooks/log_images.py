@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,7 +16,36 @@ from robo_orchard_lab.pipeline.pixels import MediaError
 from robo_orchard_lab.pipeline.trigger import TriggerField
 
 
-class LogImages(PipelineHooks):
+class _ImageHook(PipelineHooks):
+    """Base of hooks that report images at the end of a step; a failure drops them.
+
+    - Ranks: the main process reports.
+    - State: none.
+    """
+
+    keeps_trajectory = True
+    published_metrics = ()
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.cfg = cfg
+        hook = HookContext.from_callable(after=self._report)
+        self.register_hook("on_step", hook, when=cfg.every)
+
+    def _report(self, args: PipelineHookArgs) -> None:
+        if args.exception is not None or args.is_padding_step or not args.report.is_wanted:
+            return
+        try:
+            self._add(args)
+        except Exception as error:  # the training continues without the images
+            args.report.drop(self.cfg.name, error)
+
+    @abstractmethod
+    def _add(self, args: PipelineHookArgs) -> None:
+        """Add the images to ``args.report``."""
+
+
+class LogImages(_ImageHook):
     """Images of a step's batch or outputs, reported as one grid.
 
     The run folder gets them, and so does every tracker of the ``MetricsLogger`` that shows images.
@@ -29,27 +59,14 @@ class LogImages(PipelineHooks):
     'LogImages'
     """
 
-    keeps_trajectory = True
-    published_metrics = ()
+    cfg: LogImagesConfig
 
-    def __init__(self, cfg: LogImagesConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
-        hook = HookContext.from_callable(after=self._report)
-        self.register_hook("on_step", hook, when=cfg.every)
-
-    def _report(self, args: PipelineHookArgs) -> None:
+    def _add(self, args: PipelineHookArgs) -> None:
         cfg = self.cfg
-        if args.exception is not None or args.is_padding_step or not args.report.is_wanted:
-            return
-        try:
-            found = args.batch if cfg.source == "batch" else args.model_outputs
-            images = _select(found, cfg.key, f"args.{cfg.source}")
-            images = images[: cfg.max_images] if images.ndim == 4 else images
-            images = _restored(images, cfg.mean, cfg.std)
-        except Exception as error:  # the training continues without the images
-            args.report.drop(cfg.name, error)
-            return
+        found = args.batch if cfg.source == "batch" else args.model_outputs
+        images = _select(found, cfg.key, f"args.{cfg.source}")
+        images = images[: cfg.max_images] if images.ndim == 4 else images
+        images = _restored(images, cfg.mean, cfg.std)
         args.report.add_image(cfg.name, images)
 
 
@@ -122,7 +139,7 @@ class LogImagesConfig(PipelineHooksConfig[LogImages]):
             raise ValueError("expected mean and std together, such as mean=[0.5] and std=[0.5]")
 
 
-class SamplePredictions(PipelineHooks):
+class SamplePredictions(_ImageHook):
     """Images of a step's batch with an image classifier's predictions, the wrong ones first.
 
     Reports a grid of images, and a table with truth, prediction and probability of each image. The
@@ -137,40 +154,27 @@ class SamplePredictions(PipelineHooks):
     'SamplePredictions'
     """
 
-    keeps_trajectory = True
-    published_metrics = ()
+    cfg: SamplePredictionsConfig
 
-    def __init__(self, cfg: SamplePredictionsConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
-        hook = HookContext.from_callable(after=self._report)
-        self.register_hook("on_step", hook, when=cfg.every)
-
-    def _report(self, args: PipelineHookArgs) -> None:
+    def _add(self, args: PipelineHookArgs) -> None:
         cfg = self.cfg
-        if args.exception is not None or args.is_padding_step or not args.report.is_wanted:
-            return
-        try:
-            images = _select(args.batch, cfg.images, "args.batch")
-            truth = _select(args.batch, cfg.targets, "args.batch")
-            scores = _select(args.model_outputs, cfg.logits, "args.model_outputs")
-            if scores.ndim != 2 or truth.shape != scores.shape[:1] or len(images) != len(truth):
-                raise MediaError(
-                    "expected logits (B, C), targets (B) and images (B, ...), found shapes "
-                    f"{(*scores.shape,)}, {(*truth.shape,)} and {(*images.shape,)}"
-                )
-            probability, predicted = scores.detach().float().softmax(-1).max(-1)
-            right = predicted == truth
-            shown = right.int().argsort(stable=True)[: cfg.max_images]
-            found = torch.stack([truth.float(), predicted.float(), probability])[:, shown]
-            rows = [
-                (number, self._label(int(t)), self._label(int(p)), f"{share:.3f}", int(t) == int(p))
-                for number, (t, p, share) in enumerate(found.T.tolist(), start=1)  # a device sync
-            ]
-            images = _restored(images[shown], cfg.mean, cfg.std)
-        except Exception as error:  # the training continues without the images
-            args.report.drop(cfg.name, error)
-            return
+        images = _select(args.batch, cfg.images, "args.batch")
+        truth = _select(args.batch, cfg.targets, "args.batch")
+        scores = _select(args.model_outputs, cfg.logits, "args.model_outputs")
+        if scores.ndim != 2 or truth.shape != scores.shape[:1] or len(images) != len(truth):
+            raise MediaError(
+                "expected logits (B, C), targets (B) and images (B, ...), found shapes "
+                f"{(*scores.shape,)}, {(*truth.shape,)} and {(*images.shape,)}"
+            )
+        probability, predicted = scores.detach().float().softmax(-1).max(-1)
+        right = predicted == truth
+        shown = right.int().argsort(stable=True)[: cfg.max_images]
+        found = torch.stack([truth.float(), predicted.float(), probability])[:, shown]
+        rows = [
+            (number, self._label(int(t)), self._label(int(p)), f"{share:.3f}", int(t) == int(p))
+            for number, (t, p, share) in enumerate(found.T.tolist(), start=1)  # a device sync
+        ]
+        images = _restored(images[shown], cfg.mean, cfg.std)
         args.report.add_image(cfg.name, images, caption=f"{int(right.sum())} of {len(right)} right")
         columns = ("image", "truth", "prediction", "probability", "right")
         args.report.add_table(f"{cfg.name}/labels", rows, columns)
