@@ -306,7 +306,7 @@ def test_trackers_without_images_are_named_once(
         )()
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1
-    assert "Accelerate's tracker text has no method for images" in messages[0]
+    assert "continues: Accelerate's tracker text has no method for images" in messages[0]
     assert len(read_index(tmp_path / "media/index.jsonl")) == 7
 
 
@@ -361,7 +361,7 @@ def test_other_trackers_get_media_in_the_order_of_steps(
     assert steps == sorted(steps)
     assert ("log", 2) in tracker.steps
     assert len(caplog.records) == 1
-    assert "no room" in caplog.text
+    assert "continues: RuntimeError: no room" in caplog.text
 
 
 def test_unknown_tracker_is_an_error_with_the_known_ones(tmp_path: Path) -> None:

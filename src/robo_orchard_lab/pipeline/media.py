@@ -199,9 +199,11 @@ class Report:
         return self._trackers[name]
 
     def drop(self, name: str, problem: object) -> None:
-        """Log that an object is not reported, once for each name."""
+        """Log that an object is not reported, once for each name, with an error or a text."""
         if name not in self._problems:
             self._problems.add(name)
+            if isinstance(problem, Exception) and not isinstance(problem, MediaError):
+                problem = f"{type(problem).__name__}: {problem}"
             logger.error(
                 "report of %r at step %d is dropped, and the training continues: %s; further "
                 "problems of this name are not logged",
@@ -253,9 +255,8 @@ class Report:
                     f"expected a name such as 'eval/samples', found {name!r:.60}, which {problem}"
                 )
             media = Media(kind, name, self._progress.steps_done, convert(), caption, fps)
-        except Exception as error:  # also those of objects that are no images at all
-            problem = str(error) if isinstance(error, MediaError) else repr(error)
-            self.drop(f"{name!s:.100}", problem)
+        except Exception as error:  # of any object; the training continues without the record
+            self.drop(f"{name!s:.100}", error)
             return
         if self._files is not None:
             self._send(media, "the run folder", self._files.write)
@@ -267,8 +268,8 @@ class Report:
     def _send(self, media: Media, owner: str, receiver: Receiver) -> None:
         try:
             receiver(media)
-        except Exception as error:
-            self.drop(f"{media.name} by {owner}", f"{type(error).__name__}: {error}")
+        except Exception as error:  # the training continues without the record
+            self.drop(f"{media.name} by {owner}", error)
 
 
 def _removal(registry: dict[str, Any], name: str) -> RemovableHandle:
@@ -404,7 +405,7 @@ def to_table(rows: Any, columns: Sequence[str] | None) -> Table:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Hyperparameter]:
-    """Return numbers and texts by dotted name; other values become texts, None is left out.
+    """Flatten nested mappings to dotted names; other values become text, and None is omitted.
 
     >>> flatten({"lr": 0.1, "model": {"width": 8, "kind": None}, "betas": [0.9, 0.95]})
     {'lr': 0.1, 'model.width': 8, 'betas': '[0.9, 0.95]'}

@@ -120,7 +120,7 @@ def render(figure: Any) -> Pixels:
         raise MediaError(
             f"expected a matplotlib figure, found {type(figure).__name__}; pass plt.gcf()"
         )
-    if not hasattr(canvas, "buffer_rgba"):  # of another backend
+    if not hasattr(canvas, "buffer_rgba"):  # of another backend; mypy may lack matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # type: ignore[import-not-found, unused-ignore]
 
         canvas = FigureCanvasAgg(figure)

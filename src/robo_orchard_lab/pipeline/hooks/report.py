@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
-import psutil  # type: ignore[import-untyped]
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
 from pydantic import Field
 
 from robo_orchard_core.utils.hook import RemovableHandle

@@ -216,7 +216,7 @@ class SinkGroup:
     def _succeeds(self, name: str, do: Callable[[], None], report: bool = True) -> bool:
         try:
             do()
-        except Exception as error:
+        except Exception as error:  # a broken sink must not end the run
             if report:
                 logger.error(
                     "%s drops %r, which failed with %s: %s; training continues without it",

@@ -26,6 +26,7 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.media import Hyperparameter, Media, Table
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
+from robo_orchard_lab.pipeline.pixels import MediaError
 from robo_orchard_lab.pipeline.run.durable import temporary_name, write_file
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sinks.sink import MetricsSink, SinkConfig, SinkGroup
@@ -243,7 +244,7 @@ class _OneTracker:
         W&B accepts no values of an earlier step than it has, such as of metrics logged later.
 
         Raises:
-            NotImplementedError: the tracker has no method for the kind.
+            MediaError: the tracker has no method for the kind.
         """
         method = {"image": "log_images", "video": "log_images", "table": "log_table"}
         name = str(self._tracker.name)
@@ -252,7 +253,7 @@ class _OneTracker:
         elif hasattr(self._tracker, method.get(media.kind, "")):
             self._media.append(media)
         else:
-            raise NotImplementedError(
+            raise MediaError(
                 f"Accelerate's tracker {name} has no method for {media.kind}s; use "
                 f"args.report.tracker({name!r}), or read the run folder's media/"
             )
@@ -263,8 +264,8 @@ class _OneTracker:
             media = self._media.pop(0)
             try:
                 self._log(media)
-            except Exception as error:
-                self._drop(f"{media.name} by {self._tracker.name}", f"{error!r:.200}")
+            except Exception as error:  # a lost image must not end the run
+                self._drop(f"{media.name} by {self._tracker.name}", error)
 
     def _log(self, media: Media) -> None:
         tracker, name, step = self._tracker, media.name, media.step
