@@ -262,7 +262,7 @@ def test_lists_of_tensors_need_no_fused_kernel(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_norm_equals_that_of_torch(dtype: torch.dtype) -> None:
-    """With and without the fused kernel, which mixed dtypes exclude, the norm is torch's."""
+    """The norm is torch's, by the fused kernel and without it, as for mixed dtypes."""
     gradients = [torch.rand(3), torch.rand(2, 2, dtype=dtype)]
     assert torch.equal(total_norm(gradients, 2.0), torch.nn.utils.get_total_norm(gradients, 2.0))
 
@@ -416,7 +416,7 @@ def test_parameters_of_generic_configs_are_found_as_in_typing() -> None:
 def test_a_cached_gaussian_survives_another_layout_of_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If memory differs from NumPy's public state, the state is read every time."""
+    """The public state is read every time if NumPy's memory differs from it."""
     expected = np.random.RandomState(0).normal(size=4).tolist()
     monkeypatch.setattr(rng, "c_uint32", ctypes.c_uint16)
     np.random.seed(0)

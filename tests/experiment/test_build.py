@@ -394,7 +394,7 @@ def test_reduce_on_plateau_steps_once_per_epoch() -> None:
 
 
 def test_reduce_on_plateau_may_follow_a_metric() -> None:
-    """With monitor, the LR scheduler steps with each value of the metric."""
+    """An LR scheduler with ``monitor`` steps with each value of the metric."""
     config = config_of(lr_scheduler.ReduceLROnPlateau, monitor="eval/val/loss")
     assert experiment(lr_scheduler=config).to_dict()["lr_scheduler"]["monitor"] == "eval/val/loss"
     trainer = experiment(lr_scheduler=config).build().trainer

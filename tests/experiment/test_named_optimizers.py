@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused_with_its_place(
 
 
 def test_a_wrong_optimizer_hides_no_other_error() -> None:
-    """With a refused optimizer, other fields are checked, but LR schedulers are not blamed."""
+    """Other fields are checked next to a refused optimizer; LR schedulers are not blamed."""
     options = ["--optimizer.last.class_type=torch.nn:ReLU", "--trainer.max_epoch", "0"]
     document = read_experiment("several.yaml", overrides=from_arguments(options)[0])
     with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""What a plain torch loop needs on several ranks and in bf16; on one rank, nothing happens."""
+"""Mean gradients, shared buffers and autocast of plain torch loops; nothing in fp32 on one rank."""
 
 from __future__ import annotations
 

@@ -57,13 +57,13 @@ def test_token_weighted_lm_equals_the_plain_loop_on_two_ranks(tmp_path: Path) ->
 
 @pytest.mark.parametrize("port", WITH_SEVERAL_OPTIMIZERS, ids=lambda port: port.__name__)
 def test_several_optimizers_equal_the_plain_loop_in_bf16(port: Port, tmp_path: Path) -> None:
-    """Under autocast, the weights and states of all optimizers equal the plain loop's as well."""
+    """Weights and states of all optimizers equal the plain loop's under autocast, too."""
     check_port(in_precision(port, "bf16"), tmp_path)
 
 
 @pytest.mark.parametrize("port", WITH_SEVERAL_OPTIMIZERS, ids=lambda port: port.__name__)
 def test_several_optimizers_equal_the_plain_loop_on_two_ranks(port: Port, tmp_path: Path) -> None:
-    """On two ranks, they equal those of a loop that averages its gradients by hand."""
+    """Weights and states on two ranks equal those of a loop that averages gradients by hand."""
     launch(SCRIPTS / "port_on_ranks.py", port.__name__, tmp_path, "no", "bf16")
 
 

@@ -32,7 +32,7 @@ from robo_orchard_lab.pipeline.hooks import (
 
 
 def make_net(seed: int) -> torch.nn.ModuleDict:
-    """Return a GAN whose critic has a layer for rank 0 only, and one that nobody uses."""
+    """Return a GAN with parameters ``bias``, in the loss of rank 0 only, and ``unused``."""
     model = make_model()
     torch.manual_seed(seed)
     for layer in model.values():

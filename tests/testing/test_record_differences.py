@@ -111,7 +111,7 @@ def test_a_kill_after_the_last_save_is_no_difference(file: Path) -> None:
 
 
 def test_a_survivor_of_a_killed_rank_is_no_difference(file: Path) -> None:
-    """A rank that fails at the end of the loop, since another rank was killed, has lost nothing."""
+    """An error at the loop's end, on a rank whose peer was killed, is no lost step."""
     uninterrupted = record(file, [*run()])
     lines = [line for line in run() if line[1] != "end"]
     step, kind, event = lines[-1]

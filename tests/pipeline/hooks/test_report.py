@@ -48,7 +48,7 @@ def test_the_report_of_a_failed_run_names_hook_and_line(tmp_path: Path) -> None:
 
 
 def test_a_report_appears_during_the_run(tmp_path: Path) -> None:
-    """With an interval of 0, the report of the first epoch is there within the second one."""
+    """The report of the first epoch is there within the second one, for an interval of 0."""
     seen: list[dict[str, Any]] = []
     hooks = PipelineHooks("reader")
 

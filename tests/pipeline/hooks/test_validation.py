@@ -566,7 +566,7 @@ class Adversarial(SimpleBatchProcessor):
 
 @pytest.mark.parametrize("monitor", ["eval/val/loss/g", "eval/val/loss"])
 def test_losses_of_several_optimizers_are_evaluated(monitor: str) -> None:
-    """Their names are known before the first step, and an evaluation makes no update."""
+    """Losses by name are known before the first step, and an evaluation makes no update."""
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"g": torch.nn.Linear(4, 4), "d": torch.nn.Linear(4, 1)})
     trainer = HookBasedTrainer(

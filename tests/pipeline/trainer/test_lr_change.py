@@ -94,7 +94,7 @@ def test_a_resumed_run_follows_its_own_curve(tmp_path: Path, before: str, after:
 
 
 def test_a_resume_of_that_resume_keeps_the_change(tmp_path: Path) -> None:
-    """It is exact from a checkpoint after the change; from one before, the change is made again."""
+    """A resume from before the change makes the change again; one from after it is exact."""
     run(tmp_path / "run", 0.1, "StepLR", 6)
     run(tmp_path / "run", 0.04, "CosineAnnealingLR", 8)
     stopped, rates = run(tmp_path / "run", 0.04, "CosineAnnealingLR", 10)

@@ -225,7 +225,7 @@ def test_skipped_batches_are_saved_with_checkpoints(tmp_path: Path) -> None:
 
 
 def test_ranks_train_on_the_other_samples(tmp_path: Path) -> None:
-    """If one of two ranks skips, both continue with the mean over the other samples."""
+    """Both ranks continue with the mean over the other samples if one of them skips."""
     launch(SCRIPTS / "skip_on_ranks.py", tmp_path, processes=2)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, run in results[0].items():
@@ -270,7 +270,7 @@ def named_trainer(hook: Skipper, accumulate: int = 1) -> HookBasedTrainer:
 
 
 def test_named_optimizers_make_no_update_for_a_skipped_batch() -> None:
-    """With several optimizers, a skipped batch makes no update; accumulation is refused."""
+    """A skipped batch makes no update of several optimizers; accumulation is refused."""
     hook = Skipper({1, 4})
     trainer = named_trainer(hook)
     trainer()
