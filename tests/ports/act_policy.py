@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import l1_loss
 from torch.utils.data import DataLoader, Dataset
 
-from porting import State, logged
+from porting import State, logged, trained_state
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks import (
     KeepBestConfig,
@@ -224,10 +224,8 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
 
 
 def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
-    assert trainer.optimizer is not None
     return {
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
+        **trained_state(trainer),
         "l1": {"metrics": logged(run_folder / "log.jsonl", "eval/val/l1")},
         "kl": {"metrics": logged(run_folder / "log.jsonl", "eval/val/kl")},
     }

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import cosine_similarity
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from porting import State
+from porting import RandomImages, State, trained_state
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
     PipelineHookArgs,
@@ -33,17 +33,6 @@ from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 
 EPOCHS, BATCH, IMAGES, BASE_DECAY = 4, 6, 24, 0.9
 UPDATES = EPOCHS * IMAGES // BATCH
-
-
-class Images(Dataset[torch.Tensor]):
-    def __init__(self) -> None:
-        self.images = torch.rand(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.images[index]
 
 
 def augment(images: torch.Tensor) -> torch.Tensor:
@@ -92,7 +81,9 @@ class BYOL(nn.Module):
 
 def make_loader() -> DataLoader[torch.Tensor]:
     generator = torch.Generator().manual_seed(4)
-    return DataLoader(Images(), batch_size=BATCH, shuffle=True, drop_last=True, generator=generator)
+    return DataLoader(
+        RandomImages(IMAGES), batch_size=BATCH, shuffle=True, drop_last=True, generator=generator
+    )
 
 
 # Plain loop
@@ -181,8 +172,4 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
 
 
 def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
-    assert trainer.optimizer is not None
-    return {
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
-    }
+    return trained_state(trainer)

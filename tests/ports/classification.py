@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from porting import EpochOrder, State, logged
+from porting import EpochOrder, State, logged, trained_state
 from robo_orchard_lab.pipeline import HookBasedTrainer, SupervisedProcessor
 from robo_orchard_lab.pipeline.hooks import (
     EMA,
@@ -228,15 +228,13 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
 
 
 def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
-    assert trainer.optimizer is not None
     assert trainer.lr_scheduler is not None
     ema = trainer.hooks["EMA"]
     assert isinstance(ema, EMA)
     log = run_folder / "log.jsonl"
     return {
-        "model": trainer.model.state_dict(),
+        **trained_state(trainer),
         "average": without_counters(ema.weights()),
-        "optimizer": trainer.optimizer.state_dict(),
         "scheduler": trainer.lr_scheduler.get_last_lr(),
         "loss": {"metrics": logged(log, "eval/val/model/loss")},
         "accuracy": {"metrics": logged(log, "eval/val/model/accuracy")},

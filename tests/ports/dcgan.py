@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import binary_cross_entropy
 from torch.optim import Adam
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from plain_ranks import autocast, average_gradients, rank_and_world_size, share_buffers
-from porting import EpochOrder, State
+from porting import EpochOrder, RandomImages, State, trained_state
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks import (
     LossTrackerConfig,
@@ -30,17 +30,6 @@ from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 # Shared
 
 EPOCHS, BATCH, IMAGES, NOISE = 3, 6, 36, 5
-
-
-class Images(Dataset[torch.Tensor]):
-    def __init__(self) -> None:
-        self.images = torch.rand(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return 2 * self.images[index] - 1
 
 
 class GAN(nn.ModuleDict):
@@ -80,7 +69,7 @@ def error(judged: torch.Tensor, label: float) -> torch.Tensor:
 def train_plainly(folder: Path, precision: str = "no") -> State:
     torch.manual_seed(0)
     rank, world_size = rank_and_world_size()
-    images = Images()
+    images = RandomImages(IMAGES, low=-1.0)
     sampler = EpochOrder(images)
     # With a generator of its own, the loader draws nothing from the global RNG
     loader = DataLoader(images, BATCH * world_size, sampler=sampler, generator=torch.Generator())
@@ -154,7 +143,7 @@ class Adversaries(SimpleBatchProcessor):
 
 def build(run_folder: Path, resume_from: Any = None, precision: str = "no") -> HookBasedTrainer:
     torch.manual_seed(0)
-    images = Images()
+    images = RandomImages(IMAGES, low=-1.0)
     model = GAN()
     optimizers = {
         name: Adam(model[name].parameters(), lr=0.002, betas=(0.5, 0.999)) for name in ("d", "g")
@@ -179,7 +168,4 @@ def build(run_folder: Path, resume_from: Any = None, precision: str = "no") -> H
 
 
 def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
-    return {
-        "model": trainer.model.state_dict(),
-        "optimizers": {name: each.state_dict() for name, each in trainer.optimizers.items()},
-    }
+    return trained_state(trainer)

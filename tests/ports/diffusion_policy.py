@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
-from porting import EpochOrder, State, logged
+from porting import EpochOrder, State, logged, trained_state
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks import (
     EMA,
@@ -274,14 +274,12 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
 
 
 def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
-    assert trainer.optimizer is not None
     assert trainer.lr_scheduler is not None
     ema = trainer.hooks["EMA"]
     assert isinstance(ema, EMA)
     return {
-        "model": trainer.model.state_dict(),
+        **trained_state(trainer),
         "average": ema.weights(),
-        "optimizer": trainer.optimizer.state_dict(),
         "lr": trainer.lr_scheduler.get_last_lr(),
         "metrics": logged(run_folder / "log.jsonl", "eval/val/action_error"),
     }

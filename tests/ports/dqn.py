@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from porting import State, logged
+from porting import State, logged, trained_state
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
     PipelineHookArgs,
@@ -265,13 +265,11 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
 
 
 def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
-    assert trainer.optimizer is not None
     experience = trainer.dataloader
     assert isinstance(experience, Experience)
     assert logged(run_folder / "log.jsonl", "rollout/return")
     return {
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
+        **trained_state(trainer),
         "buffer": experience.buffer.state_dict(),
         "env": experience.env.state_dict(),
     }

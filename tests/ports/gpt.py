@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from porting import State, logged
+from porting import State, logged, trained_state
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
     PipelineHookArgs,
@@ -225,9 +225,7 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
 
 
 def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
-    assert trainer.optimizer is not None
     return {
-        "model": trainer.model.state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
+        **trained_state(trainer),
         "metrics": logged(run_folder / "metrics.jsonl", "eval/val/loss"),
     }

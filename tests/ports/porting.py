@@ -27,7 +27,7 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import pytest
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.sinks import read_metrics
@@ -55,6 +55,20 @@ class Port(Protocol):
 
     def state_of(self, trainer: HookBasedTrainer, run_folder: Path, /) -> State:
         """Return the final state of the trainer."""
+
+
+class RandomImages(Dataset[torch.Tensor]):
+    """Images of 3 x 8 x 8 random values from ``low`` to 1."""
+
+    def __init__(self, images: int, low: float = 0.0) -> None:
+        values = torch.rand(images, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        self.images = low + (1 - low) * values
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
 
 
 class EpochOrder(Sampler[int]):
@@ -189,6 +203,15 @@ def _lines_with_code(text: str) -> set[int]:
 
 def _lines_of(node: ast.stmt) -> set[int]:
     return set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+
+
+def trained_state(trainer: HookBasedTrainer) -> State:
+    """Return the states of the model and of its optimizer, or of several optimizers by name."""
+    model = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    states = {name: optimizer.state_dict() for name, optimizer in trainer.optimizers.items()}
+    if states.keys() == {""}:
+        return {"model": model, "optimizer": states[""]}
+    return {"model": model, "optimizers": states}
 
 
 def logged(path: Path, name: str) -> dict[int, float]:

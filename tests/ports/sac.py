@@ -15,7 +15,7 @@ from torch.optim import Adam
 from torch.utils.data import Dataset
 
 from plain_ranks import autocast, average_gradients, rank_and_world_size
-from porting import State, logged
+from porting import State, logged, trained_state
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
     NamedSteps,
@@ -327,7 +327,6 @@ def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
     assert logged(run_folder / "log.jsonl", "rollout/return")
     (rollouts,) = (hook for hook in trainer.hooks.all_hooks() if isinstance(hook, Rollouts))
     return {
-        "model": trainer.model.state_dict(),
-        "optimizers": {name: each.state_dict() for name, each in trainer.optimizers.items()},
+        **trained_state(trainer),
         "buffer": rollouts.experience.state_dict()["buffer"],
     }

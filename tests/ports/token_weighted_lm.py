@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, Dataset
 
-from porting import State, logged
+from porting import State, logged, trained_state
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.hooks import (
     GradientClippingHookConfig,
@@ -199,9 +199,7 @@ def build(run_folder: Path, resume_from: Any = None) -> HookBasedTrainer:
 
 
 def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
-    assert trainer.optimizer is not None
     return {
-        "model": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
-        "optimizer": trainer.optimizer.state_dict(),
+        **trained_state(trainer),
         "metrics": logged(run_folder / "log.jsonl", "eval/val/loss"),
     }

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import mse_loss, relu
 from torch.optim import Adam
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from plain_ranks import autocast, average_gradients, rank_and_world_size, share_buffers
-from porting import EpochOrder, State
+from porting import EpochOrder, RandomImages, State, trained_state
 from robo_orchard_lab.pipeline import (
     HookBasedTrainer,
     PipelineHookArgs,
@@ -36,17 +36,6 @@ from robo_orchard_lab.pipeline.sinks import JsonLinesSinkConfig
 # Shared
 
 STEPS, ACCUMULATE, BATCH, IMAGES, DISCRIMINATOR_START = 20, 2, 4, 160, 6
-
-
-class Images(Dataset[torch.Tensor]):
-    def __init__(self) -> None:
-        self.images = torch.rand(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.images[index]
 
 
 class Autoencoder(nn.Module):
@@ -102,7 +91,7 @@ class VQGAN(nn.Module):
 
 
 def make_loader(batch_size: int) -> DataLoader[torch.Tensor]:
-    images = Images()
+    images = RandomImages(IMAGES)
     return DataLoader(images, batch_size, sampler=EpochOrder(images), generator=torch.Generator())
 
 
@@ -217,7 +206,4 @@ def build(run_folder: Path, resume_from: Any = None, precision: str = "no") -> H
 
 
 def state_of(trainer: HookBasedTrainer, run_folder: Path) -> State:
-    return {
-        "model": trainer.model.state_dict(),
-        "optimizers": {name: each.state_dict() for name, each in trainer.optimizers.items()},
-    }
+    return trained_state(trainer)
