@@ -29,6 +29,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.sinks import read_metrics
 
@@ -126,6 +127,28 @@ def check_port(port: Port, folder: Path) -> None:
     resumed = train(port, folder / "resumed", (steps // 3 | 1, 2 * steps // 3 | 1))
     assert_same(port.state_of(resumed, folder / "resumed"), expected)
     assert_same(port.train_plainly(plain), expected)
+
+
+def check_file(port: Port, folder: Path, precision: str = "no") -> None:
+    """Compare the plain loop with the port's experiment file, stopped once, on each rank."""
+    plain = folder / "plain"
+    plain.mkdir(parents=True, exist_ok=True)
+    expected = port.train_plainly(plain)
+    experiment = ExperimentConfig.load(
+        Path(str(port.__file__)).with_suffix(".yaml"),
+        overrides={
+            "run_folder": str(folder / "run"),
+            "accelerator.mixed_precision": precision,
+        },
+        trust=[port.__name__, "porting"],
+    )
+    first = experiment.build().trainer
+    first.hooks += StopAfter(7)
+    first()
+    resumed = experiment.build().trainer
+    assert resumed.progress.global_step_id == 7
+    resumed()
+    assert_same(port.state_of(resumed, folder / "run"), expected)
 
 
 def in_precision(port: Any, precision: str) -> Port:

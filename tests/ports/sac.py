@@ -76,10 +76,10 @@ def mlp(inputs: int, outputs: int) -> nn.Module:
 
 
 class Updates(Dataset[int]):
-    """Data of an experiment file: as many items as updates, which a hook replaces by batches."""
+    """Data of an experiment file: an item for each update of each rank, replaced by a hook."""
 
     def __len__(self) -> int:
-        return UPDATES
+        return UPDATES * rank_and_world_size()[1]
 
     def __getitem__(self, index: int) -> int:
         return index

@@ -18,8 +18,7 @@ import sac
 import token_weighted_lm
 import vqgan
 from launching import SCRIPTS, launch
-from porting import SECTIONS, Port, StopAfter, assert_same, check_port, code_lines, in_precision
-from robo_orchard_lab.experiment import ExperimentConfig
+from porting import SECTIONS, Port, check_file, check_port, code_lines, in_precision
 from robo_orchard_lab.testing import prove_resume
 
 WITH_SEVERAL_OPTIMIZERS: list[Port] = [dcgan, vqgan, sac]
@@ -63,7 +62,10 @@ def test_several_optimizers_equal_the_plain_loop_in_bf16(port: Port, tmp_path: P
 
 @pytest.mark.parametrize("port", WITH_SEVERAL_OPTIMIZERS, ids=lambda port: port.__name__)
 def test_several_optimizers_equal_the_plain_loop_on_two_ranks(port: Port, tmp_path: Path) -> None:
-    """Weights and states on two ranks equal those of a loop that averages gradients by hand."""
+    """Weights and states on two ranks equal those of a loop that averages gradients by hand.
+
+    So do those of the experiment file.
+    """
     launch(SCRIPTS / "port_on_ranks.py", port.__name__, tmp_path, "no", "bf16")
 
 
@@ -73,20 +75,7 @@ def test_several_optimizers_equal_the_plain_loop_on_two_ranks(port: Port, tmp_pa
 )
 def test_experiment_file_trains_the_same(port: Port, tmp_path: Path) -> None:
     """The port's experiment file, stopped and resumed, ends in the plain loop's state."""
-    expected = port.train_plainly(tmp_path)
-    run_folder = tmp_path / "run"
-    experiment = ExperimentConfig.load(
-        Path(str(port.__file__)).with_suffix(".yaml"),
-        overrides={"run_folder": str(run_folder)},
-        trust=[port.__name__, "porting"],
-    )
-    first = experiment.build().trainer
-    first.hooks += StopAfter(7)
-    first()
-    resumed = experiment.build().trainer
-    assert resumed.progress.global_step_id == 7
-    resumed()
-    assert_same(port.state_of(resumed, run_folder), expected)
+    check_file(port, tmp_path)
 
 
 @pytest.mark.slow

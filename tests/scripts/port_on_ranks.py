@@ -1,6 +1,7 @@
 """Train a port on several ranks: in its plain loop, with the trainer, and stopped and resumed.
 
-Arguments: module, folder, and precisions, each with a subfolder, for a port that accepts them.
+Arguments: module, folder, and precisions, each with a subfolder, for a port that accepts them and
+has an experiment file, which is trained as well.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 
 from launching import end_group
-from porting import check_port, in_precision
+from porting import check_file, check_port, in_precision
 
 if __name__ == "__main__":
     name, folder, *precisions = sys.argv[1:]
@@ -23,6 +24,8 @@ if __name__ == "__main__":
         check_port(port, Path(folder))
     for precision in precisions:
         PartialState(cpu=True)  # starts the process group, also for the plain loop
-        check_port(in_precision(port, precision), Path(folder, precision))
+        adapted = in_precision(port, precision)
+        check_port(adapted, Path(folder, precision))
+        check_file(adapted, Path(folder, precision, "file"), precision)
         AcceleratorState._reset_state()  # keeps the process group
     end_group()
