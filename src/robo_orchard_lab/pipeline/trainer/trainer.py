@@ -55,7 +55,7 @@ from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, 
 from robo_orchard_lab.pipeline.trainer.commit import CommitPoint, check_metric_names
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights, wrong_result
 from robo_orchard_lab.pipeline.trainer.lr_change import LRChange
-from robo_orchard_lab.pipeline.trainer.named_losses import NamedLosses, make_named_updates
+from robo_orchard_lab.pipeline.trainer.named_losses import NamedLosses
 from robo_orchard_lab.pipeline.trainer.rank_consistency import (
     ReplicaCheck,
     check_rank_consistency,
@@ -66,6 +66,7 @@ from robo_orchard_lab.pipeline.trainer.rank_state import trained_names, trained_
 from robo_orchard_lab.pipeline.trainer.resume import AUTO, resume
 from robo_orchard_lab.pipeline.trainer.skipped_batches import SkippedBatches
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
+from robo_orchard_lab.pipeline.trainer.updates import make_named_updates
 
 logger = job_logger(__name__)
 
