@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from robo_orchard_lab.pipeline.errors import (
     PipelineStateError,
     RunPreempted,
 )
-from robo_orchard_lab.pipeline.evaluator import Evaluator, MaxBatches
 from robo_orchard_lab.pipeline.hook_set import HookLike, PipelineHooks, check_unique_names
 from robo_orchard_lab.pipeline.hooks.optimizer import (
     LRSchedulerUnit,
@@ -40,12 +39,10 @@ from robo_orchard_lab.pipeline.hooks.optimizer import (
 )
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
-from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricInputs, MetricsLike
 from robo_orchard_lab.pipeline.model import forward_in_context
 from robo_orchard_lab.pipeline.out_of_memory import FittingBatch
 from robo_orchard_lab.pipeline.pipeline_run import Locate, PipelineRun
 from robo_orchard_lab.pipeline.plan import write_plan
-from robo_orchard_lab.pipeline.predictions import Predictions
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.retried_write import OutputFile
@@ -53,6 +50,7 @@ from robo_orchard_lab.pipeline.run.run_state import RunStateFile
 from robo_orchard_lab.pipeline.trainer import setup
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, padding_step
 from robo_orchard_lab.pipeline.trainer.commit import CommitPoint, check_metric_names
+from robo_orchard_lab.pipeline.trainer.evaluation import EvaluationMethods
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights, wrong_result
 from robo_orchard_lab.pipeline.trainer.lr_change import LRChange
 from robo_orchard_lab.pipeline.trainer.named_losses import NamedLosses
@@ -81,7 +79,7 @@ _ONE_SAMPLE = (
 )
 
 
-class HookBasedTrainer:
+class HookBasedTrainer(EvaluationMethods):
     """Trains a model; hooks do everything beyond the loop.
 
     Calling the trainer runs this, where ``with on_x`` stands for the hooks of a channel, the first
@@ -447,109 +445,6 @@ class HookBasedTrainer:
             )
         with fail_together(self._stall_clock):
             self._snapshots.save(folder)
-
-    def evaluate(
-        self,
-        dataloaders: Mapping[str, Iterable[Any]],
-        *,
-        metrics: MetricsLike | None = None,
-        metric_inputs: MetricInputs | None = None,
-        weights: str | Mapping[str, str | None] | None = None,
-        max_batches: MaxBatches = None,
-        seed: int = 0,
-    ) -> dict[str, float]:
-        """Return losses and metrics on named loaders, before or after a run, on all ranks.
-
-        Nothing is published; during a run, a ``ValidationHook`` evaluates.
-
-        Args:
-            dataloaders: by name; also ``metrics``, ``metric_inputs``, ``max_batches`` and ``seed``
-                are those of :class:`Evaluator`.
-            metrics: of torchmetrics, by name.
-            metric_inputs: returns the arguments of ``metric.update``.
-            weights: name of the hook whose weights to use, such as ``"EMA"``, or several by names
-                of your choice: ``{"raw": None, "ema": "EMA"}``; None for the model's own.
-            max_batches: limit of batches of each loader, or by its name.
-            seed: seed of all random numbers.
-
-        Returns:
-            Values by name: ``<loader>/loss``, or ``<loader>/<weights>/loss`` for several weights.
-
-        Raises:
-            PipelineConfigError: unknown weights, or nothing to measure; see :class:`Evaluator`.
-            PipelineStateError: the trainer is in the middle of a step.
-        """
-        named = weights if isinstance(weights, Mapping) else {"": weights}
-        with self._outside_of_run(named.values()):
-            evaluator = Evaluator(
-                self.model,
-                self.batch_processor,
-                dataloaders,
-                metrics=metrics,
-                metric_inputs=metric_inputs,
-                accelerator=self.accelerator,
-                max_batches=max_batches,
-                seed=seed,
-                who="evaluate",
-            )
-            values: dict[str, float] = {}
-            for label, name in named.items():
-                with self._run.applied(name):
-                    values |= evaluator.evaluate(label)
-            if not values:
-                evaluator.find_value_names()  # raises, with the remedy
-        return values
-
-    def predict(
-        self,
-        dataloader: Iterable[Any],
-        *,
-        weights: str | None = None,
-        max_batches: int | None = None,
-        seed: int = 0,
-    ) -> Predictions:
-        """Return the outputs for each sample, before or after a run, on all ranks.
-
-        Each sample occurs once at any world size, in the order of the loader. The outputs are those
-        of ``evaluation_forward`` where defined, else of ``forward``. ``predictions.save(path)``
-        writes a file; the main process should.
-
-        Args:
-            dataloader: not prepared; see :class:`EvaluationLoader`.
-            weights: name of the hook whose weights to use; None for the model's own.
-            max_batches: use only the first batches of the loader.
-            seed: seed of all random numbers.
-
-        Raises:
-            BatchProcessorError: the outputs have no row for each sample.
-            PipelineConfigError, PipelineStateError: as of :meth:`evaluate`.
-        """
-        with self._outside_of_run([weights]), self._run.applied(weights):
-            evaluator = Evaluator(
-                self.model,
-                self.batch_processor,
-                {"data": dataloader},
-                accelerator=self.accelerator,
-                max_batches=max_batches,
-                seed=seed,
-                who="predict",
-            )
-            return evaluator.predict()["data"]
-
-    @contextmanager
-    def _outside_of_run(self, weights: Iterable[str | None]) -> Iterator[None]:
-        """Let hooks that keep weights add them to the run, if ``weights`` names some."""
-        if self._is_open:
-            raise PipelineStateError(
-                "the trainer is in the middle of a step, where it failed or was called from; in a "
-                "hook, use args.evaluating() or a ValidationHook"
-            )
-        hooks = self.hooks.all_hooks() if any(weights) else ()
-        with fail_together(self._stall_clock), ExitStack() as stack:
-            for hook in hooks:
-                if hasattr(hook, "applied"):
-                    stack.enter_context(hook.begin("on_loop", PipelineHookArgs(self._run)))
-            yield
 
     def __call__(self) -> None:
         """Train until a limit is reached or a hook's request to stop is granted.
