@@ -161,15 +161,7 @@ def _with(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 @click.command("evaluate", cls=ExperimentCommand)
 @_run_or_file
 @_with(*_set_options, *_weights_options, json_option)
-def evaluate(
-    run_or_file: str,
-    experiment: ExperimentArguments,
-    sets: tuple[str, ...],
-    weights: tuple[str, ...],
-    best: bool,
-    max_batches: int | None,
-    as_json: bool,
-) -> None:
+def evaluate(run_or_file: str, experiment: ExperimentArguments, best: bool, **options: Any) -> None:
     """Evaluate the weights of a run: losses and metrics on its evaluation sets.
 
     \b
@@ -183,7 +175,7 @@ def evaluate(
     hook, the losses alone. Nothing is written.
     """
     config, saved = _load_weights(run_or_file, experiment, best)
-    _print_metrics(config, saved, sets, weights, max_batches, as_json)
+    _print_metrics(config, saved, **options)
 
 
 @click.command("test", cls=ExperimentCommand)
@@ -192,11 +184,9 @@ def evaluate(
 def test(
     run_or_file: str,
     experiment: ExperimentArguments,
-    sets: tuple[str, ...],
-    weights: tuple[str, ...],
     best: bool,
-    max_batches: int | None,
-    as_json: bool,
+    sets: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Evaluate the weights of a run on the test sets of the file, data.test.
 
@@ -215,7 +205,7 @@ def test(
             "the experiment has no test set",
             "add data.test.NAME to the file, or pass --set NAME with an evaluation set",
         )
-    _print_metrics(config, saved, sets or tuple(names), weights, max_batches, as_json)
+    _print_metrics(config, saved, sets or tuple(names), **options)
 
 
 @click.command("predict", cls=ExperimentCommand)
