@@ -612,6 +612,12 @@ def test_build_errors_have_the_path_of_the_part() -> None:
     with pytest.raises(ConfigBuildError, match="num_samples should be") as error:
         experiment(data=evaluation).build()
     assert error.value.location == "data.evaluation.a.sampler"
+    cyclic = config_of(
+        lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=0, cycle_momentum=False
+    )
+    with pytest.raises(ConfigBuildError, match="ZeroDivisionError") as error:
+        experiment(lr_scheduler=cyclic).build()
+    assert error.value.location == "lr_scheduler"
     with pytest.raises(KeyError) as mistake:
         experiment(hooks={"mine": config_of(Broken)}).build()
     assert mistake.value.__notes__[-1] == "while building hooks.mine"

@@ -16,15 +16,15 @@ from robo_orchard_lab.pipeline.errors import PipelineConfigError
 def building(*path: str | int) -> Iterator[None]:
     """Add the path of a part to errors raised while the part is built.
 
-    TypeError, ValueError and OSError become the cause of a ``ConfigBuildError``; other errors get
-    a note.
+    TypeError, ValueError, OSError and errors of arithmetic, such as a division by zero, become the
+    cause of a ``ConfigBuildError``; other errors get a note.
     """
     try:
         with at_path(*path):
             yield
     except ConfigError:
         raise
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError, ArithmeticError) as error:
         ours = isinstance(error, PipelineConfigError)
         problem = str(error) if ours else f"{type(error).__name__}: {error}"
         raise ConfigBuildError(problem, path) from error
