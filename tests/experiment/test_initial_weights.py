@@ -241,6 +241,9 @@ def test_a_malformed_file_is_refused(file: Path, tmp_path: Path) -> None:
         load_weights(net(), tmp_path / "pipe.safetensors")
     with pytest.raises(CheckpointError, match="there is no"):
         load_weights(net(), tmp_path / "absent")
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(CheckpointError, match=f"name its folder, {tmp_path}$"):
+        load_weights(net(), tmp_path / "config.yaml")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from robo_orchard_core.utils.config.errors import (
 from robo_orchard_core.utils.logging import visible
 from robo_orchard_core.utils.strict_json import JsonError, parse_json
 from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
-from robo_orchard_lab.experiment.run_folder import NoRunError
+from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, NoRunError
 from robo_orchard_lab.pipeline.checkpoint import ReadLimits, non_finite_names
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint, read_tensor_file
@@ -161,6 +161,11 @@ class SavedWeights:
             return cls.from_index(files[0])
         if files[0].suffix == ".safetensors":
             return cls.from_file(files[0])
+        if files[0].name == CONFIG_FILE:
+            raise CheckpointError(
+                f"{path}: expected weights, found a run's configuration; name its folder, "
+                f"{path.parent}"
+            )
         raise CheckpointError(
             f"{path}: expected a *.safetensors file, since other formats may run code; convert a "
             "file that you trust by safetensors.torch.save_file(torch.load(FILE, "
