@@ -479,6 +479,14 @@ def test_error_of_a_hook_has_its_place_in_the_file(capsys: pytest.CaptureFixture
     Path(FILE).write_text(text.replace("hooks:\n", hook))
     assert main(["train", FILE, "--trust", "mine"]) == 1
     assert ", configured at spirals.yaml:15: hooks.slow; --debug" in capsys.readouterr().err
+    scheduler = "{class_type: torch.optim.lr_scheduler:StepLR, step_size: 0}"
+    Path(FILE).write_text(f"{text}lr_scheduler: {scheduler}\n")
+    places = [f"spirals.yaml:{number}: " for number in (13, text.count("\n") + 1)]
+    for option in ("--resume=never", "--dry-run"):
+        assert main(["train", FILE, option]) == 1
+        found = capsys.readouterr().err
+        assert "error: ZeroDivisionError: " in found
+        assert f"configured at {places[0]}optimizer and {places[1]}lr_scheduler; --debug" in found
     hook = "hooks:\n  best:\n    class_type: KeepBest\n    monitor: eval/val/loss\n    mode: min\n"
     hook += "    path: metrics.jsonl/best.safetensors\n"
     Path(FILE).write_text(text.replace("hooks:\n", hook))

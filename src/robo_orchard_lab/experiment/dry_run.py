@@ -109,8 +109,9 @@ class DryRun:
 def dry_run(experiment: ExperimentConfig) -> DryRun:
     """Build an experiment, train one batch, and evaluate one batch of each evaluation set.
 
-    The batch is trained without hooks, including its update. Files are written to a temporary
-    folder. Errors are those of `ExperimentConfig.build` and of the parts.
+    The batch is trained without hooks, including its update and a step of the LR scheduler. Files
+    are written to a temporary folder. Errors are those of `ExperimentConfig.build` and of the
+    parts.
     """
     losses: list[float] = []
     bundle = PipelineHooks("dry_run")
@@ -129,8 +130,10 @@ def dry_run(experiment: ExperimentConfig) -> DryRun:
             built.dataloader,
             built.batch_processor,
             built.trainer.optimizer or built.trainer.optimizers or None,
+            built.trainer.lr_scheduler or built.trainer.lr_schedulers or None,
             hooks=[bundle],
             max_step=1,
+            locate=experiment.locate,
         )
         if built.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(built.accelerator.device)

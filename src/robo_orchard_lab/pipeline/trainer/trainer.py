@@ -519,7 +519,11 @@ class HookBasedTrainer(EvaluationMethods):
                 origin = origin_of(error) or ""
                 for hook in self.hooks.all_hooks():
                     if self._locate is not None and origin.startswith(repr(hook.name)):
-                        error.add_note(f"{CONFIGURED_AT}{self._locate(hook.name)}")
+                        owners = [hook.name]
+                        if hook is self._optimizer_hook:
+                            owners = ["optimizer", *["lr_scheduler"] * bool(self.lr_schedulers)]
+                        places = " and ".join(map(self._locate, owners))
+                        error.add_note(f"{CONFIGURED_AT}{places}")
                 if "Expected more than 1 value per channel when training" in str(error):
                     error.add_note(_ONE_SAMPLE)
                 if "has been modified by an inplace operation" in str(error):
