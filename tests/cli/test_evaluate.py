@@ -141,7 +141,8 @@ def test_predict_writes_each_sample_in_order(capsys: pytest.CaptureFixture[str])
         (["predict", "nothing.yaml", "--data", "val", "--out", "p.npz"], "there is no nothing"),
         (
             ["evaluate", "run", "--hooks.validation.max_batches={vall: 2}"],
-            "hooks.validation: ValidationHook.max_batches['vall']: there is no loader 'vall'",
+            "hooks.validation.max_batches.vall: ValidationHook.max_batches['vall']: there is no "
+            "loader 'vall'",
         ),
         (
             ["evaluate", "run", "--data.test.val={dataset: {class_type: Spirals, size: 9}}"],
@@ -199,6 +200,20 @@ def test_training_refuses_mistakes_before_the_first_step(
         number = Path("spirals.yaml").read_text().splitlines().index(line) + 2
         assert f"spirals.yaml:{number}: " in shown
     assert not Path("b/checkpoints/step_00000010").exists()
+
+
+@pytest.mark.parametrize("field", ["max_batches: {vall: 2}", "sets: [vall]"])
+def test_an_unknown_set_in_a_variant_is_located_there(
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line is that of the variant's field, not that of the hook in its base."""
+    monkeypatch.chdir(tmp_path)
+    write_experiment(tmp_path)
+    variant = f"base: spirals.yaml\nhooks:\n  validation:\n    {field}\n"
+    Path("variant.yaml").write_text(variant)
+    capsys.readouterr()
+    assert main(["train", "variant.yaml"]) == 2
+    assert "error: variant.yaml:4: hooks.validation." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

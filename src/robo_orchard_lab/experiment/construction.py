@@ -25,9 +25,9 @@ def building(*path: str | int) -> Iterator[None]:
     except ConfigError:
         raise
     except (TypeError, ValueError, OSError, ArithmeticError) as error:
-        ours = isinstance(error, PipelineConfigError)
-        problem = str(error) if ours else f"{type(error).__name__}: {error}"
-        raise ConfigBuildError(problem, path) from error
+        if isinstance(error, PipelineConfigError):
+            raise ConfigBuildError(str(error), (*path, *error.setting)) from error
+        raise ConfigBuildError(f"{type(error).__name__}: {error}", path) from error
     except Exception as error:
         error.add_note(f"while building {dotted(path)}")
         raise

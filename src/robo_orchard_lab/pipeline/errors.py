@@ -10,7 +10,16 @@ from robo_orchard_core.utils.config.errors import did_you_mean, suggest_name
 
 
 class PipelineConfigError(ValueError):
-    """Invalid argument of a trainer or hook; the message names the argument to change."""
+    """Invalid argument of a trainer or hook; the message names the argument to change.
+
+    Args:
+        setting: path of the value in the argument of the trainer or the config of the hook, for
+            its place in a file; empty for the place of the object.
+    """
+
+    def __init__(self, message: str, *, setting: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class BatchProcessorError(TypeError):

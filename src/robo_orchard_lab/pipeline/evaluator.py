@@ -95,7 +95,9 @@ def check_max_batches(limits: MaxBatches, names: Iterable[str], who: str) -> dic
         of = f"max_batches[{name!r}]" if given is limits else "max_batches"
         if name not in names:
             advice = suggest_name(name, names, "expected one of")
-            raise PipelineConfigError(f"{who}.{of}: there is no loader {name!r}; {advice}")
+            raise PipelineConfigError(
+                f"{who}.{of}: there is no loader {name!r}; {advice}", setting=("max_batches", name)
+            )
         if (limit is not None or given is limits) and (type(limit) is not int or limit < 1):
             raise PipelineConfigError(
                 f"{who}.{of}: expected a number of batches >= 1, found {limit!r}; leave it out to "

@@ -261,12 +261,14 @@ class ValidationHookConfig(PipelineHooksConfig[ValidationHook]):
 
 
 def _select(
-    loaders: Mapping[str, Iterable[Any]], names: Iterable[str], who: str
+    loaders: Mapping[str, Iterable[Any]], names: Sequence[str], who: str
 ) -> dict[str, Iterable[Any]]:
-    for name in names:
+    for index, name in enumerate(names):
         if name not in loaders:
             advice = suggest_name(name, [*loaders], "expected one of")
-            raise PipelineConfigError(f"{who}.sets: there is no loader {name!r}; {advice}")
+            raise PipelineConfigError(
+                f"{who}.sets: there is no loader {name!r}; {advice}", setting=("sets", index)
+            )
     return {name: loaders[name] for name in names}
 
 
