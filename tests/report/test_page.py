@@ -9,12 +9,14 @@ import resource
 import shutil
 from base64 import b64encode
 from hashlib import sha256
+from importlib import resources
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from robo_orchard_lab.pipeline import PIPELINE_CHANNELS
 from robo_orchard_lab.pipeline.sinks import read_metrics
 from robo_orchard_lab.report.page import render, write
 from robo_orchard_lab.report.story import read_story
@@ -85,6 +87,15 @@ def test_a_page_makes_no_request_and_runs_its_own_scripts_alone(run: Path) -> No
         assert f"'sha256-{b64encode(sha256(source.encode()).digest()).decode()}'" in policy
     assert "unsafe" not in policy
     assert "innerHTML" not in scripts[1]
+
+
+def test_the_page_nests_channels_as_they_run() -> None:
+    """The page's script, which can't import them, has the parents of all channels."""
+    script = resources.files("robo_orchard_lab.report").joinpath("assets/page.js").read_text()
+    found = re.search(r"NESTING = \{(.*)\}", script)
+    assert found is not None
+    nesting = dict(re.findall(r'(\w+): "(\w+)"', found[1]))
+    assert nesting == {each.name: each.parent for each in PIPELINE_CHANNELS if each.parent}
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Bounded, tolerant reading of the files of a run folder."""
+"""Bounded, tolerant reading of the files of a run folder.
+
+The readers of the pipeline import torch, and do not list what is damaged.
+"""
 
 from __future__ import annotations
 

@@ -100,6 +100,7 @@ def write(path: Path, page: str) -> None:
     Raises:
         OSError: the page can't be written; an old file is unchanged.
     """
+    # As replace_file of the pipeline, which imports torch; remove_leftovers knows the name.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("x", encoding="utf-8") as file:

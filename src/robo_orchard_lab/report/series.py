@@ -19,6 +19,7 @@ MAX_POINTS_OF_CURVE = 4_000
 MAX_CURVES = 400
 MAX_NAME = 300
 _MAX_BAD = 200
+# As JsonLinesSink writes them; its module imports torch.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 Mode = Literal["min", "max"]

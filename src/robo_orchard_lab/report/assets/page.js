@@ -588,6 +588,7 @@
     return section("media", "Media", el("div", { class: "media" }, [...names].map(([name, items]) => mediaFigure(name, items))));
   }
 
+  // Parents in PIPELINE_CHANNELS.
   const NESTING = { on_epoch: "on_loop", on_step: "on_epoch", on_batch: "on_step", on_model_forward: "on_batch", on_model_backward: "on_batch", on_optimizer_step: "on_step", on_evaluation: "on_loop" };
 
   function hooksSection(run) {
@@ -616,7 +617,7 @@
       if (!found.used && !found.node.querySelector("li") && channel !== "on_loop") found.node.remove();
       if (!found.list.children.length) found.list.remove();
     }
-    return section("hooks", "Hooks", el("p", { class: "soft" }, "Channels are nested as they run. The first hook of a channel is the outermost: its before runs first, its after last."), top);
+    return section("hooks", "Hooks", el("p", { class: "soft" }, "Channels are nested as they run; updates that the batch processor yields or makes itself run inside on_batch. The first hook of a channel is the outermost: its before runs first, its after last."), top);
   }
 
   function configurationSection(run) {
