@@ -29,8 +29,9 @@ from evaluate_on_ranks import (
     run_on_ranks,
 )
 from robo_orchard_lab.pipeline import SimpleBatchProcessor
+from robo_orchard_lab.pipeline.data.evaluation_loader import EvaluationLoader
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, DataError, PipelineConfigError
-from robo_orchard_lab.pipeline.evaluator import EvaluationLoader, Evaluator
+from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.metrics import MetricValueError
 from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricArguments
 from tiny import equal, loss_of, make_loader, make_model

@@ -6,6 +6,7 @@
 - ``order``: :class:`DataOrder`; indices of an epoch and their split into steps and processes
 - ``loader``: the user's loader, without Accelerate's wrappers, and its shard
 - ``fetching``: loading of a batch, and worker processes
+- ``evaluation_loader``: batches of an evaluation, divided among the ranks
 - ``rng``: seeds, RNG isolation, and generators that datasets hold
 """
 

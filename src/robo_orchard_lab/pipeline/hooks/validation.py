@@ -14,13 +14,10 @@ from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.batch_processor import count_batches
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.data.evaluation_loader import check_dataloaders, check_max_batches
 from robo_orchard_lab.pipeline.data.loader import is_map_style
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
-from robo_orchard_lab.pipeline.evaluator import (
-    Evaluator,
-    check_dataloaders,
-    check_max_batches,
-)
+from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricInputs, MetricsLike, TorchMetrics
 from robo_orchard_lab.pipeline.state_schema import Count, StateSchema

@@ -11,10 +11,11 @@ from accelerate import Accelerator
 
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.data.evaluation_loader import MaxBatches
 from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
 from robo_orchard_lab.pipeline.distributed.stall_clock import StallClock
 from robo_orchard_lab.pipeline.errors import PipelineStateError
-from robo_orchard_lab.pipeline.evaluator import Evaluator, MaxBatches
+from robo_orchard_lab.pipeline.evaluator import Evaluator
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics.torchmetrics import MetricInputs, MetricsLike
 from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
