@@ -136,6 +136,16 @@ class OptimizerHook(PipelineHooks):
         if self._step_lr is not None and self.lr_scheduler_every == "epoch":
             self.on_epoch.after(self._end_epoch)
 
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizer by its name, ``""`` for the only optimizer."""
+        return {self.optimizer_name: self.optimizer}
+
+    @property
+    def lr_schedulers(self) -> dict[str, torch.optim.lr_scheduler.LRScheduler]:
+        """The LR scheduler by the name of its optimizer; empty without."""
+        return {} if self.lr_scheduler is None else {self.optimizer_name: self.lr_scheduler}
+
     def _follow(self, found: MetricValue) -> None:
         """Step ReduceLROnPlateau with a value of the monitored metric."""
         assert isinstance(self.lr_scheduler, ReduceLROnPlateau)  # checked in the constructor
@@ -308,8 +318,7 @@ class NamedOptimizersHook(PipelineHooks):
     @property
     def lr_schedulers(self) -> dict[str, torch.optim.lr_scheduler.LRScheduler]:
         """LR schedulers by the names of their optimizers."""
-        named = ((name, hook.lr_scheduler) for name, hook in self._hooks.items())
-        return {name: scheduler for name, scheduler in named if scheduler is not None}
+        return {k: v for hook in self._hooks.values() for k, v in hook.lr_schedulers.items()}
 
     def zero_grad(self) -> None:
         """Set all gradients to None, and forget the open window."""

@@ -64,7 +64,7 @@ from robo_orchard_lab.pipeline.trainer.rank_state import trained_names, trained_
 from robo_orchard_lab.pipeline.trainer.resume import AUTO, resume
 from robo_orchard_lab.pipeline.trainer.skipped_batches import SkippedBatches
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
-from robo_orchard_lab.pipeline.trainer.updates import make_named_updates
+from robo_orchard_lab.pipeline.trainer.updates import prepare_updates
 
 logger = job_logger(__name__)
 
@@ -220,7 +220,6 @@ class HookBasedTrainer(EvaluationMethods):
         self._stall_clock: StallClock | None = None
         if stall_timeout_s is not None:
             self._stall_clock = StallClock(stall_timeout_s, self.progress, run_folder, rank)
-        self._optimizer_hook: OptimizerHook | NamedOptimizersHook | None = None
         self._last_loss: torch.Tensor | None = None
         self._fitting = FittingBatch()
         self._is_open = self._resumed = False
@@ -258,34 +257,21 @@ class HookBasedTrainer(EvaluationMethods):
             updates = optimizer, lr_scheduler
             check_rank_consistency(describe_setup(accelerator, *objects, *updates, options))
 
-        scalers: Mapping[str, Any] = {}
-        if isinstance(optimizer, Mapping):
-            self.model, prepared, scalers = setup.prepare_named(accelerator, self.model, optimizer)
-            self._optimizer_hook = make_named_updates(
-                accelerator, prepared, lr_scheduler or {}, self.hooks, options
-            )
+        self.model, self._optimizer_hook, scalers = prepare_updates(
+            accelerator,
+            self.model,
+            optimizer,
+            lr_scheduler,
+            self.hooks,
+            options,
+            need_backward=self.batch_processor.need_backward,
+        )
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.lr_schedulers: dict[str, LRScheduler] = {}
+        if self._optimizer_hook is not None:
             self.optimizers = self._optimizer_hook.optimizers
             self.lr_schedulers = self._optimizer_hook.lr_schedulers
-            self.progress.optimizer_steps = dict.fromkeys(optimizer, 0)
-        else:
-            assert not isinstance(lr_scheduler, Mapping)  # checked above
-            self.model, optimizer, lr_scheduler = setup.prepare_objects(
-                accelerator, self.model, optimizer, lr_scheduler
-            )
-            self.optimizers, self.lr_schedulers = {}, {}
-            if self.batch_processor.need_backward and optimizer is not None:
-                self._optimizer_hook = OptimizerHook(
-                    accelerator,
-                    optimizer,
-                    lr_scheduler,
-                    self.hooks,
-                    options["lr_scheduler_every"],
-                    options["lr_scheduler_monitor"],
-                )
-                self.optimizers = {"": self._optimizer_hook.optimizer}
-                if self._optimizer_hook.lr_scheduler is not None:
-                    self.lr_schedulers = {"": self._optimizer_hook.lr_scheduler}
-        if self._optimizer_hook is not None:
+            self.progress.optimizer_steps = {name: 0 for name in self.optimizers if name}
             self.hooks += self._optimizer_hook
         self._processor, self._processed_model = forward_in_context(
             self.batch_processor, self.model, accelerator

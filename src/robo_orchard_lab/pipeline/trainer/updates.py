@@ -1,4 +1,4 @@
-"""Updates of several optimizers: their hook, and gradients averaged over the ranks."""
+"""Updates: the hook that steps one or several optimizers, and their gradients over the ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed
 from accelerate import Accelerator
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_lab.pipeline.distributed.collectives import GatheredNumbers
@@ -20,9 +20,41 @@ from robo_orchard_lab.pipeline.hooks.optimizer import (
     trainable_parameters,
 )
 from robo_orchard_lab.pipeline.model import copy_all
+from robo_orchard_lab.pipeline.trainer.setup import prepare_named, prepare_objects
 
 
-def make_named_updates(
+def prepare_updates(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | None,
+    lr_scheduler: LRScheduler | Mapping[str, LRScheduler] | None,
+    hooks: PipelineHooks,
+    options: Mapping[str, Any],
+    *,
+    need_backward: bool,
+) -> tuple[torch.nn.Module, OptimizerHook | NamedOptimizersHook | None, dict[str, Any]]:
+    """Prepare model, optimizers and LR schedulers with Accelerate, and create their hook.
+
+    Collectives in a job of several ranks. Errors are those of :func:`prepare_objects`,
+    :func:`prepare_named` and the hooks.
+
+    Returns:
+        The prepared model, the hook that steps the optimizers, or None without a backward pass,
+        and the gradient scaler of each of several optimizers with fp16.
+    """
+    if isinstance(optimizer, Mapping):
+        model, named, scalers = prepare_named(accelerator, model, optimizer)
+        hook = _named_updates(accelerator, named, lr_scheduler or {}, hooks, options)
+        return model, hook, scalers
+    assert not isinstance(lr_scheduler, Mapping)  # checked by check_objects
+    model, optimizer, lr_scheduler = prepare_objects(accelerator, model, optimizer, lr_scheduler)
+    if optimizer is None or not need_backward:
+        return model, None, {}
+    every, monitor = options["lr_scheduler_every"], options["lr_scheduler_monitor"]
+    return model, OptimizerHook(accelerator, optimizer, lr_scheduler, hooks, every, monitor), {}
+
+
+def _named_updates(
     accelerator: Accelerator,
     optimizers: Mapping[str, torch.optim.Optimizer],
     lr_schedulers: Any,
