@@ -213,13 +213,11 @@ class EverySteps(_EveryN):
     _noun: ClassVar[str] = "step"
 
     def due_on(self, channel: ChannelName, role: Role) -> Due:
-        n, first = self.n, self.first
-        if self.start is None:
-            return lambda args: (args._run.progress.global_step_id + 1) % n == 0
+        n, first = self.n, self.first  # read once: a step calls this for each hook
 
         def due(args: PipelineHookArgs) -> bool:
             step = args._run.progress.global_step_id
-            return step >= first and (step - first) % n == 0
+            return (step - first) % n == 0 and step >= first
 
         return due
 
