@@ -178,8 +178,8 @@ def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
             "data_order": None if run.data is None else asdict(run.data.order),
             "batch_processor": _kind(run.batch_processor),
             "model": _kind(plain_model(run)),
-            "optimizer": _of_each(run.optimizers, _optimizer),
-            "lr_scheduler": _of_each(run.lr_schedulers, _kind),
+            "optimizer": of_each(run.optimizers, _optimizer),
+            "lr_scheduler": of_each(run.lr_schedulers, _kind),
             "lr_settings": run.lr_settings,
             "hooks": {hook.name: hook_configuration(hook) for hook in hooks.named_hooks()},
         },
@@ -189,8 +189,12 @@ def describe_run(run: PipelineRun, hooks: PipelineHooks) -> dict[str, Any]:
     }
 
 
-def _of_each(by_name: Mapping[str, Any], describe: Callable[[Any], Any]) -> Any:
-    """Describe objects by name; one object without a name by itself, and none as None."""
+def of_each(by_name: Mapping[str, Any], describe: Callable[[Any], Any]) -> Any:
+    """Describe optimizers or LR schedulers by name, as metadata and checkpoints have them.
+
+    >>> of_each({"g": 1.0, "d": 2.0}, str), of_each({"": 1.0}, str), of_each({}, str)
+    ({'g': '1.0', 'd': '2.0'}, '1.0', None)
+    """
     described = {name: describe(value) for name, value in by_name.items()}
     return described.get("") if "" in described or not described else described
 

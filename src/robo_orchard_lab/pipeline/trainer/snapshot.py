@@ -32,7 +32,7 @@ from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.model import plain_model, plain_name, plain_state, plain_weights
 from robo_orchard_lab.pipeline.pipeline_run import PipelineRun, Snapshot
 from robo_orchard_lab.pipeline.progress import TrainerProgress
-from robo_orchard_lab.pipeline.run.run_info import describe_run
+from robo_orchard_lab.pipeline.run.run_info import describe_run, of_each
 from robo_orchard_lab.pipeline.sharding import reshard
 from robo_orchard_lab.pipeline.state_schema import Count, StateSchema, Text, check_similar
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows
@@ -262,7 +262,7 @@ class RunSnapshots:
                 "model_extra": {n: v for n, v in plain_state(run).items() if n not in weights},
                 "window": self._window,
                 **{
-                    kind: _joined({name: each.state_dict() for name, each in live.items()})
+                    kind: of_each(live, lambda each: each.state_dict())
                     for kind, live in _stateful(run).items()
                 },
                 "types": _types_of(run),
@@ -270,8 +270,9 @@ class RunSnapshots:
             },
         }
         if run.optimizers:
-            states = {n: named_optimizer_state(each, names) for n, each in run.optimizers.items()}
-            parts["optimizer"] = _joined(states)
+            parts["optimizer"] = of_each(
+                run.optimizers, lambda each: named_optimizer_state(each, names)
+            )
         return parts
 
 
@@ -286,13 +287,8 @@ def _stateful(run: PipelineRun) -> dict[str, Mapping[str, Any]]:
     return {"lr_scheduler": run.lr_schedulers, "scaler": run.scalers}
 
 
-def _joined(states: Mapping[str, Any]) -> Any:
-    """Return the saved form of states by optimizer; of one without a name, the state itself."""
-    return states.get("", None) if "" in states or not states else dict(states)
-
-
 def _of_name(saved: Any, name: str) -> Any:
-    """Return the state of an optimizer from the saved form; None if missing."""
+    """Return the state of an optimizer from the form of :func:`of_each`; None if missing."""
     return saved.get(name) if name and isinstance(saved, Mapping) else saved
 
 
