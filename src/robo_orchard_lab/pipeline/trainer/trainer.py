@@ -41,7 +41,7 @@ from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import forward_in_context
 from robo_orchard_lab.pipeline.out_of_memory import FittingBatch
-from robo_orchard_lab.pipeline.pipeline_run import Locate, PipelineRun
+from robo_orchard_lab.pipeline.pipeline_run import Locate, PipelineRun, dotted_setting
 from robo_orchard_lab.pipeline.plan import write_plan
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
@@ -233,11 +233,8 @@ class HookBasedTrainer(EvaluationMethods):
             "agree_every": agree_every,
             "lr_settings": lr_settings,
         }
-        self._set_up(optimizer, lr_scheduler, hooks, default_hooks, options)
-        self.scalers = self._run.scalers
         self._locate = locate
-        if locate is not None:
-            self._run.locate = locate
+        self._set_up(optimizer, lr_scheduler, hooks, default_hooks, options)
 
     def _set_up(
         self,
@@ -315,8 +312,10 @@ class HookBasedTrainer(EvaluationMethods):
             state_file=RunStateFile(
                 run_folder, self.progress, rank=accelerator.process_index, processes=world_size
             ),
+            lr_settings=json.loads(json.dumps(options["lr_settings"])),  # as a checkpoint has them
+            locate=self._locate or dotted_setting,
         )
-        self.report = self._run.report
+        self.report, self.scalers = self._run.report, self._run.scalers
         window = accelerator.gradient_accumulation_steps
         self._loss_weights = LossWeights(
             accelerator, window, partial(trained_parameters, self._run)
@@ -340,8 +339,6 @@ class HookBasedTrainer(EvaluationMethods):
         self._snapshots = RunSnapshots(
             self._run, self.hooks, self._data, self._windows, self._replicas.check_weights
         )
-        if options["lr_settings"] is not None:
-            self._run.lr_settings = json.loads(json.dumps(options["lr_settings"]))
         self._lr_change = LRChange(self._run, self.hooks)
         self._batch_body = self._batch
         if isinstance(self._optimizer_hook, NamedOptimizersHook):
@@ -501,19 +498,7 @@ class HookBasedTrainer(EvaluationMethods):
             self._replicas.check_weights(again=True)  # a collective
         except BaseException as error:
             with suppress(Exception):  # some errors refuse notes
-                error.add_note(f"the run was at {self.progress}")
-                origin = origin_of(error) or ""
-                for hook in self.hooks.all_hooks():
-                    if self._locate is not None and origin.startswith(repr(hook.name)):
-                        owners = [hook.name]
-                        if hook is self._optimizer_hook:
-                            owners = ["optimizer", *["lr_scheduler"] * bool(self.lr_schedulers)]
-                        places = " and ".join(map(self._locate, owners))
-                        error.add_note(f"{CONFIGURED_AT}{places}")
-                if "Expected more than 1 value per channel when training" in str(error):
-                    error.add_note(_ONE_SAMPLE)
-                if "has been modified by an inplace operation" in str(error):
-                    error.add_note(_CHANGED_WEIGHTS)
+                self._add_notes(error)
             raise
         finally:
             self._last_loss = None
@@ -530,6 +515,21 @@ class HookBasedTrainer(EvaluationMethods):
             raise failure
         if self._is_at_limit():
             self._check_optimizers_used()
+
+    def _add_notes(self, error: BaseException) -> None:
+        """Add position, place in the experiment's file, and known causes to an error."""
+        error.add_note(f"the run was at {self.progress}")
+        origin = origin_of(error) or ""
+        for hook in self.hooks.all_hooks():
+            if self._locate is not None and origin.startswith(repr(hook.name)):
+                owners = [hook.name]
+                if hook is self._optimizer_hook:
+                    owners = ["optimizer", *["lr_scheduler"] * bool(self.lr_schedulers)]
+                error.add_note(f"{CONFIGURED_AT}{' and '.join(map(self._locate, owners))}")
+        if "Expected more than 1 value per channel when training" in str(error):
+            error.add_note(_ONE_SAMPLE)
+        if "has been modified by an inplace operation" in str(error):
+            error.add_note(_CHANGED_WEIGHTS)
 
     def _check_optimizers_used(self) -> None:
         if isinstance(self._optimizer_hook, NamedOptimizersHook):
