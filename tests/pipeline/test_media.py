@@ -32,7 +32,7 @@ from robo_orchard_lab.pipeline.pixels import MediaError, png, to_image
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.sinks import TrackerSink, TrackerSinkConfig
 from robo_orchard_lab.testing import assert_weights_unchanged, run_hook
-from tiny import make_loader, make_trainer
+from tiny import equal, make_loader, make_trainer, weights
 
 RED = np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8)  # one row: red, blue
 
@@ -410,13 +410,17 @@ def test_other_ranks_write_only_on_request(tmp_path: Path) -> None:
 def test_without_a_destination_nothing_is_converted() -> None:
     """Without a run folder and sinks, a call doesn't even look at its object."""
 
-    class Untouchable:
+    touched: list[str] = []
+
+    class Observed:
         def __getattribute__(self, name: str) -> Any:
-            raise AssertionError(name)
+            touched.append(name)  # an error would be dropped
+            return super().__getattribute__(name)
 
     report = PipelineHookArgs().report
     assert not report.is_wanted
-    report.add_image("a", Untouchable())
+    report.add_image("a", Observed())
+    assert touched == []
     seen: list[Media] = []
     handle = report.attach("test", seen.append)
     report.add_table("t", [(1, None)], columns=["a", "b"])
@@ -523,8 +527,15 @@ def test_log_images_reports_its_problem_once(
     assert re.search(message, record.getMessage())
 
 
-def test_log_images_changes_no_weights() -> None:
-    """The hook keeps the trajectory, and needs both mean and std."""
+def test_log_images_changes_no_weights(tmp_path: Path) -> None:
+    """The hook keeps the trajectory, also where it reports, and needs both mean and std."""
+    ends = []
+    for name, every in (("a", "1 step"), ("b", "at steps 99")):
+        torch.manual_seed(0)
+        trainer = train_pictures(tmp_path / name, LogImagesConfig(every=every, key="obs.image"))
+        ends.append(weights(trainer.model))
+    assert [len(images_of(tmp_path / name)) for name in ("a", "b")] == [3, 0]
+    assert equal(*ends)
     assert_weights_unchanged(LogImagesConfig(every="1 step"))
     run_hook(LogImagesConfig(every="1 step"), steps=2)
     with pytest.raises(ValueError, match="expected mean and std together"):
