@@ -210,6 +210,7 @@ class LightningModuleProcessor(SimpleBatchProcessor):
 
         ``Evaluator(module, adapter.step_processor("test_step"), {"test": loader}).evaluate()``
         returns the logged values; with ``"predict_step"``, ``predict()`` returns the outputs.
+        ``batch_idx`` continues over several evaluations by one processor.
 
         Raises:
             PipelineConfigError: the module has no such step, or hooks around it, such as
