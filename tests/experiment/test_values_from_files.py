@@ -219,6 +219,22 @@ def test_a_model_depends_on_the_data(tmp_path: Path) -> None:
     assert {"eval/val/loss", "eval/val/accuracy"} <= evaluate(experiment, saved).keys()
 
 
+def test_an_evaluation_builds_only_the_datasets_that_it_needs(tmp_path: Path) -> None:
+    """A value of an evaluation set needs neither the training data nor the other sets."""
+    outputs = {"from_data": "classes.len", "dataset": "val"}
+    val = {"class_type": "values_team:Labelled", "size": 6}
+    absent = {"class_type": "values_team:Labelled", "size": -1}
+    fields = document(model={"class_type": "MLP", "inputs": 2, "hidden": [], "outputs": outputs})
+    fields["data"] |= {"evaluation": {"val": {"dataset": val}}}
+    experiment = ExperimentConfig.from_dict(fields, trust="values_team")
+    model = experiment.build(run_folder=tmp_path / "run").model
+    fields["data"] = {"train": None, "evaluation": {"val": {"dataset": val}}}
+    fields["data"]["evaluation"]["absent"] = {"dataset": absent}
+    saved = SavedWeights(tmp_path, model.state_dict())
+    experiment = ExperimentConfig.from_dict(fields, trust="values_team")
+    assert [*evaluate(experiment, saved, ["val"])] == ["eval/val/loss"]
+
+
 @pytest.mark.parametrize(
     ("value", "problem"),
     [

@@ -34,9 +34,9 @@ from robo_orchard_lab.experiment.from_data import (
     FIELDS_FROM_DATA,
     FROM_DATA,
     TRAIN,
+    named_datasets,
     read_value,
     replaced,
-    uses_data,
 )
 from robo_orchard_lab.experiment.initial_weights import WeightsReport, load_weights
 from robo_orchard_lab.experiment.optimizers import (
@@ -451,27 +451,31 @@ def with_data(experiment: FieldsT, loaders: Mapping[str, Iterable[Any]] | None =
 
     Args:
         experiment: Experiment, returned as given without such values.
-        loaders: Loaders by name, ``train`` for the training data; built by default.
+        loaders: Loaders by name, ``train`` for the training data; by default those of the named
+            datasets are built.
 
     Raises:
         ConfigFieldError: There is no such dataset or value, or the value does not fit.
     """
     parts = {name: getattr(experiment, name) for name in FIELDS_FROM_DATA}
-    parts = {name: part for name, part in parts.items() if uses_data(part)}
+    parts = {name: part for name, part in parts.items() if named_datasets(part)}
     if not parts:
         return experiment
+    known: dict[str, Any] = dict(loaders or {})
     if loaders is None:
-        with building("data", "train"):
-            train = make_loader(_described(experiment.data.train, "dataloader"))
-        loaders = {**_make_evaluation(experiment, {}), TRAIN: train}
+        known = {**experiment.data.evaluation, TRAIN: experiment.data.train}
+        needed = set().union(*map(named_datasets, parts.values()))
+        for name in (name for name in known if name in needed):
+            with building("data", *([TRAIN] if name == TRAIN else ["evaluation", name])):
+                known[name] = make_loader(_described(known[name], "dataloader"))
 
     def read(entry: Mapping[str, str]) -> Any:
         name = entry.get("dataset", TRAIN)
-        if name not in loaders:
-            advice = suggest_name(name, loaders, "there is")
+        if name not in known:
+            advice = suggest_name(name, known, "there is")
             raise ConfigFieldError(f"there is no dataset {name!r}; {advice}", ("dataset",))
         with at_path(FROM_DATA):
-            return read_value(getattr(loaders[name], "dataset", loaders[name]), entry[FROM_DATA])
+            return read_value(getattr(known[name], "dataset", known[name]), entry[FROM_DATA])
 
     for name, part in parts.items():
         with building(name):

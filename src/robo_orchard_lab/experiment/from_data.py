@@ -65,9 +65,9 @@ def check_stand_ins(experiment: Config) -> None:
                     )
 
 
-def uses_data(part: Any) -> bool:
-    """Return True if a part has a value from the data."""
-    return any(is_from_data(value) for _, value, _ in _walk(part))
+def named_datasets(part: Any) -> set[str]:
+    """Return the names of the datasets from which a part has values."""
+    return {value.get("dataset", TRAIN) for _, value, _ in _walk(part) if is_from_data(value)}
 
 
 def _walk(value: Any, path: tuple[str | int, ...] = (), kind: Any = None) -> Iterator[Any]:
