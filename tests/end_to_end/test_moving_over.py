@@ -103,7 +103,7 @@ def test_both_scripts_train_equal_weights(
     """The script of the other package and ours end with the same weights, bit for bit."""
     package = PACKAGES[name]
     if find_spec(package) is None:
-        pytest.skip(f"{package} is not installed; see requirements/peers.txt")
+        pytest.skip(f"{package} is not installed: pip install -r requirements/peers.txt")
     theirs, ours = weights_of(name, their_number), weights_of(name, our_number)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

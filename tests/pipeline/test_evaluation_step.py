@@ -162,7 +162,7 @@ def test_step_must_be_callable() -> None:
     with pytest.raises(PipelineConfigError, match="evaluation_forward must be callable as"):
         Evaluator(make_model(), processor, {"val": make_loader()})
     with pytest.raises(TypeError, match="evaluation_forward must be callable"):
-        SimpleBatchProcessor.from_callable(loss_of, evaluation_forward=3)  # type: ignore[arg-type]
+        SimpleBatchProcessor.from_callable(loss_of, evaluation_forward=3)  # type: ignore[arg-type]  # on purpose
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,8 @@ class TestTrainer:
         assert trainer.evaluate(loaders) == {k.replace("raw/", ""): both[k] for k in list(both)[:3]}
         with trainer.hooks["EMA"].applied():  # type: ignore[attr-defined]  # an EMA
             expected = Evaluator(trainer.model, Both(), loaders).evaluate()
-            logits = trainer.model(make_evaluation_loader(11).dataset.inputs)  # type: ignore[attr-defined]
+            rows = make_evaluation_loader(11).dataset.inputs  # type: ignore[attr-defined]  # of Rows
+            logits = trainer.model(rows)
         assert trainer.evaluate(loaders, weights="EMA") == expected
         assert {k.replace("ema/", ""): both[k] for k in list(both)[3:]} == expected
         assert both["val/raw/l1"] != both["val/ema/l1"]

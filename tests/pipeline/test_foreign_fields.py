@@ -178,7 +178,7 @@ def test_names_of_scripts_exist() -> None:
         assert getattr(hooks, name) is getattr(mixin, name)
     assert Simple is HookBasedTrainer
     assert hooks.RemoveableHandle is RemovableHandle
-    assert isinstance(hooks.RemoveableHandle[int](lambda: None), RemovableHandle)  # type: ignore[misc]
+    assert isinstance(hooks.RemoveableHandle[int](lambda: None), RemovableHandle)  # type: ignore[misc]  # an alias
 
 
 def test_seed_everything_seeds_all_libraries() -> None:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # TensorBoard has no types
     EventAccumulator,
 )
 
@@ -253,8 +253,8 @@ def test_arguments_of_another_type_are_dropped_with_the_expected_one(
     def report(args: PipelineHookArgs) -> None:
         args.report.add_image("", RED)
         args.report.add_image(torch.zeros(3, 4, 4), "name")  # type: ignore[arg-type]  # on purpose
-        args.report.add_video("video", torch.zeros(2, 4, 4, 3), fps="a")  # type: ignore[arg-type]
-        args.report.add_hyperparameters("lr=1")  # type: ignore[arg-type]
+        args.report.add_video("video", torch.zeros(2, 4, 4, 3), fps="a")  # type: ignore[arg-type]  # on purpose
+        args.report.add_hyperparameters("lr=1")  # type: ignore[arg-type]  # on purpose
 
     with caplog.at_level(logging.ERROR):
         train(tmp_path, [hooks], tensorboard=False)

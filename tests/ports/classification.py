@@ -67,7 +67,7 @@ class ConvNet(nn.Sequential):
 
 def make_mix() -> nn.Module:
     mixes = [v2.MixUp(alpha=0.2, num_classes=CLASSES), v2.CutMix(alpha=1.0, num_classes=CLASSES)]
-    return v2.RandomChoice(mixes)  # type: ignore[no-any-return]
+    return v2.RandomChoice(mixes)  # type: ignore[no-any-return]  # an untyped call
 
 
 def loaders() -> tuple[DataLoader[Batch], DataLoader[Batch]]:
@@ -137,7 +137,7 @@ def train_plainly(folder: Path) -> State:
         scheduler.load_state_dict(saved["scheduler"])
         first_epoch, values = saved["epoch"] + 1, saved["values"]
     for epoch in range(first_epoch, EPOCHS):
-        train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # an EpochOrder
         losses = []
         for index, (images, labels) in enumerate(train):
             images, labels = mix(images, labels)

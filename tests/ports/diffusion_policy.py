@@ -197,7 +197,7 @@ def train_plainly(folder: Path) -> State:
         scheduler.load_state_dict(saved["scheduler"])
         first_epoch, errors = saved["epoch"] + 1, saved["errors"]
     for epoch in range(first_epoch, EPOCHS):
-        train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]  # an EpochOrder
         losses = []
         for batch in train:
             loss = policy(batch)

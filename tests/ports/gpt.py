@@ -70,7 +70,7 @@ class Block(nn.Module):
         )
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.before_mlp(x))  # type: ignore[no-any-return]
+        return x + self.mlp(self.before_mlp(x))  # type: ignore[no-any-return]  # an untyped call
 
 
 class GPT(nn.Module):
@@ -84,7 +84,7 @@ class GPT(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         places = torch.arange(ids.shape[1], device=ids.device)
-        return self.head(self.blocks(self.tokens(ids) + self.positions(places)))  # type: ignore[no-any-return]
+        return self.head(self.blocks(self.tokens(ids) + self.positions(places)))  # type: ignore[no-any-return]  # an untyped call
 
 
 def loaders() -> tuple[DataLoader[Tokens], DataLoader[Tokens]]:

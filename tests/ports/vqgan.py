@@ -73,7 +73,7 @@ class VQGAN(nn.Module):
         perceived = mse_loss(self.perception(reconstructions), self.perception(images))
         loss = (reconstructions - images).abs().mean() + perceived
         if not is_adversarial:
-            return loss + codebook_loss  # type: ignore[no-any-return]
+            return loss + codebook_loss  # type: ignore[no-any-return]  # an untyped call
         deception = -self.discriminator(reconstructions).mean()
         weight = self.autoencoder.last_layer.weight
         norms = [
@@ -81,7 +81,7 @@ class VQGAN(nn.Module):
             for part in (loss, deception)
         ]
         adaptive = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4).detach()
-        return loss + adaptive * 0.8 * deception + codebook_loss  # type: ignore[no-any-return]
+        return loss + adaptive * 0.8 * deception + codebook_loss  # type: ignore[no-any-return]  # an untyped call
 
     def discriminator_loss(self, images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

@@ -21,7 +21,9 @@ from robo_orchard_lab.report.page import render
 from run_folders import HOSTILE, record, write_metrics
 
 pytestmark = pytest.mark.browser
-webdriver = pytest.importorskip("selenium.webdriver")
+webdriver = pytest.importorskip(
+    "selenium.webdriver", reason="Selenium is missing: bash scripts/test_browser.sh"
+)
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 AXE = os.environ.get("AXE_CORE", "")
 FLAGS = (
@@ -42,7 +44,7 @@ ON_ERROR = "addEventListener('error', e => (window.problems ??= []).push(e.messa
 def browser() -> Iterator[Any]:
     """Return a running headless Chromium."""
     if CHROMIUM is None or DRIVER is None:
-        pytest.skip("Chromium or ChromeDriver is missing")
+        pytest.skip("Chromium or ChromeDriver is missing: bash scripts/test_browser.sh")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     profile = tempfile.mkdtemp()
@@ -231,7 +233,7 @@ def test_a_narrow_page_does_not_scroll_sideways(page: Any, width: int) -> None:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-@pytest.mark.skipif(not AXE, reason="AXE_CORE names no axe.min.js")
+@pytest.mark.skipif(not AXE, reason="AXE_CORE names no axe.min.js: bash scripts/test_browser.sh")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_core_finds_nothing_serious(page: Any, scheme: str) -> None:
     """axe-core finds no serious or critical problem, in light and in dark."""

@@ -11,6 +11,9 @@ from typing import Any, Literal
 import pytest
 import torch
 from accelerate import Accelerator
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # TensorBoard has no types
+    EventAccumulator,
+)
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -477,12 +480,7 @@ def test_two_weight_sets_are_published_side_by_side(
     assert {name: line["metrics"][name] for name in names} == found
     *_, shown = [text for text in caplog.messages if "epoch 1/1" in text]
     assert all(f"{name} {number_text(value)}" in shown for name, value in found.items())
-    event_accumulator: Any = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
-    events = event_accumulator.EventAccumulator(
-        str(next(tmp_path.rglob("events.*")).parent)
-    ).Reload()
+    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
     for name, value in found.items():
         [scalar] = events.Scalars(name)
         assert (scalar.step, scalar.value) == (5, pytest.approx(value))

@@ -248,13 +248,13 @@ def test_a_loss_reaches_only_its_own_parameters(processor: SimpleBatchProcessor)
     @hooks.on_model_backward.before
     def remember(args: PipelineHookArgs) -> None:
         if args.optimizer_name == "g":
-            grads = [p.grad for p in args.model["d"].parameters()]  # type: ignore[index]
+            grads = [p.grad for p in args.model["d"].parameters()]  # type: ignore[index]  # a ModuleDict
             before[:] = [grad.clone() for grad in grads if grad is not None]
 
     @hooks.on_model_backward.after
     def compare(args: PipelineHookArgs) -> None:
         if args.optimizer_name == "g":
-            grads = [p.grad for p in args.model["d"].parameters()]  # type: ignore[index]
+            grads = [p.grad for p in args.model["d"].parameters()]  # type: ignore[index]  # a ModuleDict
             kept = [grad for grad in grads if grad is not None]
             assert all(map(torch.equal, kept, before))
 
@@ -285,7 +285,7 @@ def test_a_name_without_a_loss_makes_no_update() -> None:
 
     @hooks.on_step.after
     def keep(args: PipelineHookArgs) -> None:
-        weights.append(args.model["g"][0].weight.detach().clone())  # type: ignore[index]
+        weights.append(args.model["g"][0].weight.detach().clone())  # type: ignore[index]  # a ModuleDict
 
     trainer = make_trainer([hooks], Critics())
     trainer()
@@ -567,9 +567,9 @@ def test_a_frozen_optimizer_pauses() -> None:
     """While a hook freezes all parameters of an optimizer, its losses change nothing."""
     freeze = FreezeHookConfig(patterns=["d.*"], until_step=4)
     trainer = make_trainer([freeze()], max_step=4)
-    before = state_of(trainer.model["d"])  # type: ignore[index]
+    before = state_of(trainer.model["d"])  # type: ignore[index]  # a ModuleDict
     trainer()
-    assert_equal(trainer.model["d"].state_dict(), before)  # type: ignore[index]
+    assert_equal(trainer.model["d"].state_dict(), before)  # type: ignore[index]  # a ModuleDict
     assert trainer.progress.optimizer_steps == {"g": 4, "d": 4}
 
 
@@ -882,10 +882,10 @@ def test_wrong_losses_end_the_first_step(message: str) -> None:
     """A result of the wrong form is an error in the first step, before any update."""
     processor = SimpleBatchProcessor.from_callable(wrong_results()[message])
     trainer = make_trainer(processor=processor)
-    before = state_of(trainer.model["d"])  # type: ignore[index]
+    before = state_of(trainer.model["d"])  # type: ignore[index]  # a ModuleDict
     with pytest.raises(BatchProcessorError, match=message):
         trainer()
-    assert_equal(trainer.model["d"].state_dict(), before)  # type: ignore[index]
+    assert_equal(trainer.model["d"].state_dict(), before)  # type: ignore[index]  # a ModuleDict
 
 
 @pytest.mark.parametrize("processor", [GAN(), JointGAN()], ids=["named steps", "mapping"])

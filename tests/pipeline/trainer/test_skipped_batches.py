@@ -252,7 +252,8 @@ def test_ranks_that_did_not_allow_skips_get_an_error(tmp_path: Path) -> None:
 
 def named_trainer(hook: Skipper, accumulate: int = 1) -> HookBasedTrainer:
     model = make_model()
-    sgd = {name: torch.optim.SGD(model[i].parameters(), lr=0.1) for name, i in (("a", 0), ("b", 2))}  # type: ignore[index]
+    layers = {"a": model[0], "b": model[2]}  # type: ignore[index]  # a Sequential
+    sgd = {name: torch.optim.SGD(layer.parameters(), lr=0.1) for name, layer in layers.items()}
 
     def forward(module: Any, batch: Any) -> Any:
         outputs, loss = loss_of(module, batch)
