@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]  # TensorBoard has no types
+    EventAccumulator,
+)
 from tests.experiment.hook_entries import ENTRIES, NAMED, TRUST, experiment
 
 from robo_orchard_core.utils.config import Format
 from robo_orchard_core.utils.config.formats import write
 from robo_orchard_core.utils.config.references import field_default
 from robo_orchard_lab.experiment import ExperimentConfig
+from robo_orchard_lab.experiment.samples import MLP
 from robo_orchard_lab.pipeline import PipelineHooks, PipelineHooksConfig, hooks
 
 FORMATS: tuple[Format, ...] = ("yaml", "toml", "json")
 NOT_IN_FILES = {"OptimizerHook"}
 """Built from the experiment's optimizer, LR scheduler and accelerator."""
+
+
+WEIGHTS = {"raw": None, "ema": "ema"}
+
+
+class Grey(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    """Images of one value."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((3, 2, 2), 0.2 * (index + 1)), index % 3
+
+
+class FlatMLP(MLP):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs.flatten(1))
 
 
 def classes(kind: type) -> list[type]:
@@ -86,3 +112,35 @@ def test_fields_are_overridden_by_path(name: str, entry: dict[str, Any], tmp_pat
     overrides = {f"hooks.it.{field}": value for field, value in entry.items()}
     loaded = ExperimentConfig.load(path, trust=TRUST, overrides=overrides)
     assert loaded.hooks["it"] == loaded_entry(name, entry)
+
+
+def test_images_and_two_weight_sets_of_a_file_are_in_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard's reader finds the batch's pixels, and values of raw and averaged weights."""
+    monkeypatch.chdir(tmp_path)
+    document = experiment(
+        ema={"class_type": "EMA", "decay": 0.5},
+        val={"class_type": "ValidationHook", "weights": WEIGHTS},
+        log={
+            "class_type": "MetricsLogger",
+            "sinks": [{"class_type": "TrackerSink", "trackers": ["tensorboard"], "folder": "log"}],
+        },
+        images={"class_type": "LogImages", "every": "1 epoch", "max_images": 1},
+    )
+    grey = {"class_type": f"{__name__}:Grey"}
+    document["data"] = {
+        "train": {"dataset": grey, "batch_size": 4},
+        "evaluation": {"val": {"dataset": grey, "batch_size": 4}},
+    }
+    document["model"] = document["model"] | {"class_type": f"{__name__}:FlatMLP", "inputs": 12}
+    built = ExperimentConfig.from_dict(document, trust=__name__).build()
+    built.trainer()
+    (file,) = built.run_folder.glob("log/*/events.*")
+    events = EventAccumulator(str(file.parent)).Reload()
+    (image,) = events.Images("batch/images")
+    assert np.unique(np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))) == [51]
+    (raw,), (ema,) = (events.Scalars(f"eval/val/{name}/loss") for name in ("raw", "ema"))
+    evaluated = built.trainer.evaluate({"val": built.trainer.dataloader}, weights=WEIGHTS)
+    assert [raw.value, ema.value] == pytest.approx([*evaluated.values()])
+    assert raw.value != ema.value
