@@ -54,10 +54,22 @@ def test_the_first_hook_prints_the_mean_loss(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_links_into_the_repository_exist(document: Path) -> None:
-    """Every link to a file of the repository, outside of code, names an existing file."""
-    text = re.sub(r"^```.*?^```", "", document.read_text("utf-8"), flags=re.M | re.S)
-    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    assert [link for link in links if not (document.parent / link).exists()] == []
+    """Every link into the repository, outside of code, names an existing file and heading."""
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", _without_code(document))
+    for name, anchor in [link for link in links if "://" not in link[0]]:
+        target = document.parent / name if name else document
+        assert target.exists(), name
+        assert not anchor or anchor in _anchors(target), f"{name}#{anchor}"
+
+
+def _without_code(document: Path) -> str:
+    return re.sub(r"^```.*?^```", "", document.read_text("utf-8"), flags=re.M | re.S)
+
+
+def _anchors(document: Path) -> list[str]:
+    """Return the anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", _without_code(document), re.M)
+    return [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings]
 
 
 def test_the_experiment_in_the_readme_is_valid(tmp_path: Path) -> None:
