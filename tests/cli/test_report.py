@@ -174,6 +174,27 @@ def test_hostile_folders_are_listed(folder: Path, capsys: pytest.CaptureFixture[
     assert "there are no runs in" in capsys.readouterr().out
 
 
+def test_runs_in_progress_have_their_newest_step(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run between two saves has the steps of its newest file; of another machine, its host."""
+    process = {"pid": 1, "host": "other", "started_at": 0.0, "namespace": "pid:[1]"}
+    started = "2026-01-04T00:00:00Z"
+    run_ = made(
+        folder / "now", 0.3, [0.5, 0.4], state="running", process=process, started_at=started
+    )
+    stage = {"stage": "saving", "step": 7, "total_steps": 9, "at": "2026-01-04T00:02:00Z"}
+    (run_ / "stage.json").write_text(json.dumps(stage))
+    assert main(["runs", "--metric", "eval/val/loss"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.split()[:6] == ["now", "running", "on", "other", "7", "2"]
+    assert main(["runs", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[-1]
+    named = [found[name] for name in ("state", "stage", "host", "steps", "total_steps")]
+    assert named == ["running", "saving", "other", 7, 9]
+    assert found["updated_at"] == "2026-01-04T00:02:00+00:00"
+
+
 def test_the_commands_do_not_import_torch(folder: Path) -> None:
     """The processes of both commands have not imported torch."""
     variables = {"PYTHONPROFILEIMPORTTIME": "1"}

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from robo_orchard_core.utils.untrusted_text import path_problem
 
@@ -19,6 +20,7 @@ MAX_JSON_BYTES = 16 << 20
 MAX_LINE_BYTES = 4 << 20
 MAX_LINES_BYTES = 4 << 30
 _MAX_DEPTH = 40
+_BLOCK_BYTES = 1 << 20
 
 
 class Problems(list[str]):
@@ -113,51 +115,92 @@ def read_object(path: Path, problems: Problems) -> dict[str, Any]:
     return {}
 
 
-def read_lines(
-    path: Path, problems: Problems, accept: Callable[[bytes], bool] | None = None
-) -> Iterator[dict[str, Any]]:
-    """Iterate over the JSON objects of a file with one per line, also while the file grows.
+class LineReader:
+    """Reader of a file with a JSON object per line that resumes where it stopped.
 
-    Damaged lines are skipped and counted in a problem; so is a last line that a crash cut.
+    Damaged lines are skipped and counted, and so is a last line that a crash cut. A file that was
+    replaced or became shorter is read from its start.
 
     Args:
-        path: the file.
-        problems: receives the problems at the end.
-        accept: filter of lines before they are parsed.
+        path: the file, which may grow.
+        mark: bytes that a line must contain; other lines are not parsed.
+        follow: leave an incomplete last line for the next read.
     """
-    damaged, is_cut, size = 0, False, 0
-    try:
-        with open(open_regular(path), "rb") as file:
-            while line := file.readline(MAX_LINE_BYTES):
-                size += len(line)
-                if size > MAX_LINES_BYTES:
-                    problems.add(f"of {path.name}, {MAX_LINES_BYTES >> 30} GiB are read")
-                    break
-                is_complete = line.endswith(b"\n")
-                if not is_complete and len(line) == MAX_LINE_BYTES:
-                    damaged += 1
-                    while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                        pass
-                    continue
-                if accept is not None and not accept(line):
-                    continue
-                try:
-                    value = parse_json(line)
-                    if not isinstance(value, dict):
-                        raise ValueError("no object")
-                except ValueError:
-                    damaged, is_cut = damaged + is_complete, not is_complete
-                    continue
-                yield value
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError) as error:
-        problems.add(f"{path.name} can't be read: {reason_of(error)}")
-    if is_cut:
-        problems.add(f"the last line of {path.name} is cut, as after a crash; it is left out")
-    if damaged:
-        lines = "a line" if damaged == 1 else f"{damaged:,} lines"
-        problems.add(f"{lines} of {path.name} can't be read and are left out")
+
+    def __init__(self, path: Path, mark: bytes = b"", *, follow: bool = False) -> None:
+        self.path = path
+        self.restarted = False
+        """True if the last read began at the start of the file."""
+        self._mark = mark
+        self._follow = follow
+        self._identity: tuple[int, int] | None = None
+        self._offset = 0
+        self._damaged = 0
+        self._is_cut = False
+
+    def read(self, problems: Problems) -> Iterator[dict[str, Any]]:
+        """Iterate over the objects that were added since the last read; add problems at the end."""
+        name = self.path.name
+        try:
+            with open(open_regular(self.path), "rb", buffering=0) as file:
+                found = os.fstat(file.fileno())
+                self.restarted = (found.st_dev, found.st_ino) != self._identity
+                self.restarted |= found.st_size < self._offset
+                if self.restarted:
+                    self._identity = found.st_dev, found.st_ino
+                    self._offset = self._damaged = 0
+                self._is_cut = False
+                file.seek(self._offset)
+                for line in self._lines(file, problems):
+                    try:
+                        value = parse_json(line)
+                        if not isinstance(value, dict):
+                            raise ValueError("no object")
+                    except ValueError:
+                        is_complete = line.endswith(b"\n")
+                        self._damaged += is_complete
+                        self._is_cut = not is_complete
+                        continue
+                    yield value
+        except FileNotFoundError:
+            self.restarted, self._identity = self._identity is not None, None
+            self._offset = self._damaged = 0
+            return
+        except (OSError, ValueError) as error:
+            problems.add(f"{name} can't be read: {reason_of(error)}")
+        if self._is_cut:
+            problems.add(f"the last line of {name} is cut, as after a crash; it is left out")
+        if self._damaged:
+            lines = "a line" if self._damaged == 1 else f"{self._damaged:,} lines"
+            problems.add(f"{lines} of {name} can't be read and are left out")
+
+    def _lines(self, file: IO[bytes], problems: Problems) -> Iterator[bytes]:
+        """Iterate over the lines with the mark, from blocks: most have none."""
+        rest, is_too_long = b"", False
+        while block := file.read(_BLOCK_BYTES):
+            if self._offset > MAX_LINES_BYTES:
+                problems.add(f"of {self.path.name}, {MAX_LINES_BYTES >> 30} GiB are read")
+                return
+            block = rest + block
+            at, end = 0, block.rfind(b"\n") + 1
+            if is_too_long and end:
+                at, is_too_long = block.index(b"\n") + 1, False
+            while at < end and (at := block.find(self._mark, at, end)) >= 0:
+                begin, at = block.rfind(b"\n", 0, at) + 1, block.index(b"\n", at) + 1
+                yield block[begin:at]
+            rest = block[end:]
+            self._offset += end
+            if len(rest) > MAX_LINE_BYTES or is_too_long:
+                self._damaged += not is_too_long
+                self._offset += len(rest)
+                rest, is_too_long = b"", True
+        if rest and not self._follow and self._mark in rest:
+            yield rest
+
+
+def read_lines(path: Path, problems: Problems, mark: bytes = b"") -> Iterator[dict[str, Any]]:
+    """Iterate over the JSON objects of a file with one per line; see `LineReader`."""
+    return LineReader(path, mark).read(problems)
 
 
 def text(value: Any, default: str = "", limit: int = 4000) -> str:
@@ -167,6 +210,15 @@ def text(value: Any, default: str = "", limit: int = 4000) -> str:
     found = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     found = found if len(found) <= limit else found[:limit] + " ..."
     return found.encode("utf-8", "replace").decode()
+
+
+def utc_time(value: Any) -> str | None:
+    """Return a time as ISO text in UTC, or None."""
+    with suppress(ValueError, TypeError, OverflowError):
+        found = datetime.fromisoformat(value)
+        found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+        return found.isoformat(timespec="seconds")
+    return None
 
 
 def whole(value: Any) -> int | None:

@@ -14,13 +14,13 @@ from robo_orchard_lab.experiment.run_folder import (
     run_config_file,
 )
 from robo_orchard_lab.report.files import Problems, read_object
+from robo_orchard_lab.report.position import read_position
 from robo_orchard_lab.report.series import Metrics, Mode, guess_mode, read_metrics
 from robo_orchard_lab.report.story import (
     Configuration,
     newest_commit,
     read_configuration,
     read_events,
-    read_verdict,
     run_seconds,
 )
 
@@ -72,6 +72,9 @@ class RunSummary:
     """State, length and best metric of a run.
 
     Attributes:
+        stage: current stage of a run in progress, such as ``training``; else "".
+        host: machine of the process; None if it is this one, or unknown.
+        total_steps: steps of the complete run; None if unknown.
         seconds: time that the processes of the run spent; None if unknown.
         metric: name of the metric of ``best``; None without one.
         best: best value, or the last value if the metric has no known direction.
@@ -82,7 +85,10 @@ class RunSummary:
 
     path: Path
     state: str
+    stage: str
+    host: str | None
     steps: int | None
+    total_steps: int | None
     epochs: int | None
     seconds: float | None
     metric: str | None
@@ -92,6 +98,7 @@ class RunSummary:
     commit: str | None
     changed: bool
     started_at: str | None
+    updated_at: str | None
     problems: tuple[str, ...]
 
 
@@ -104,25 +111,29 @@ def summarize(folder: Path, metric: str | None = None) -> RunSummary:
     """
     problems = Problems()
     state = read_object(folder / RUN_STATE, problems)
-    verdict = read_verdict(state)
     config = read_configuration(folder, problems)
+    now = read_position(folder, config.metrics_file(folder), problems)
     group = b"eval/" if metric is None else metric.encode("utf-8", "replace")[:200]
     metrics = read_metrics(config.metrics_file(folder), problems, group)
     commit = newest_commit(folder, problems)
     name, mode, best = _best(metrics, config, metric)
     return RunSummary(
         path=folder,
-        state=verdict["state"],
-        steps=verdict["steps"],
-        epochs=verdict["epochs"],
-        seconds=run_seconds(state, read_events(folder, problems)),
+        state=now.verdict["state"],
+        stage=now.stage,
+        host=now.host,
+        steps=now.steps,
+        total_steps=now.total_steps,
+        epochs=now.epochs,
+        seconds=run_seconds(state, read_events(folder, problems), now.at),
         metric=name,
         mode=mode,
         best=None if best is None else best[1],
         best_step=None if best is None else best[0],
         commit=None if commit is None else commit[0],
         changed=commit is not None and commit[1],
-        started_at=verdict["started_at"],
+        started_at=now.verdict["started_at"],
+        updated_at=now.at,
         problems=tuple(problems),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -131,6 +131,44 @@ class Metrics:
     curves: dict[str, Curve] = field(default_factory=dict)
     last_step: int | None = None
     last_epoch: int | None = None
+    invalid: int = 0
+    """Number of values that are no numbers."""
+    omitted: set[str] = field(default_factory=set)
+    """Names beyond the limit of curves."""
+
+    def add(self, record: Mapping[str, Any], prefix: str = "") -> None:
+        """Add the values of a record whose names begin with ``prefix``."""
+        step = whole(record.get("global_step_id"))
+        if step is None or step < 0:
+            self.invalid += 1
+            return
+        self.last_step = step
+        self.last_epoch = whole(record.get("epoch_id"))
+        earlier = map(mapping, items(record.get("earlier")))
+        entries = [(whole(each.get("step")), each.get("metrics")) for each in earlier]
+        entries.append((step, record.get("metrics")))
+        for at, values in entries:
+            if at is None or not isinstance(values, dict):
+                self.invalid += 1
+                continue
+            for name, value in values.items():
+                if isinstance(value, str):
+                    value = _NON_FINITE.get(value)
+                if type(value) is int:
+                    value = float(value) if abs(value) < 1e300 else math.inf
+                if type(value) is not float:
+                    self.invalid += 1
+                    continue
+                if not name.startswith(prefix):
+                    continue
+                curve = self.curves.get(name)
+                if curve is None:
+                    if len(self.curves) >= MAX_CURVES:
+                        if len(self.omitted) < 10_000:
+                            self.omitted.add(name[:MAX_NAME])
+                        continue
+                    curve = self.curves.setdefault(name, Curve())
+                curve.add(at, value)
 
 
 def read_metrics(path: Path, problems: Problems, group: bytes = b"") -> Metrics:
@@ -141,47 +179,16 @@ def read_metrics(path: Path, problems: Problems, group: bytes = b"") -> Metrics:
         problems: receives the problems.
         group: beginning of the names to read, such as ``eval/``; lines without are not parsed.
     """
-    metrics, omitted, invalid = Metrics(), set[str](), 0
-    mark, prefix = group and b'"' + group, group.decode()
-    for record in read_lines(path, problems, lambda line: mark in line):
-        step = whole(record.get("global_step_id"))
-        if step is None or step < 0:
-            invalid += 1
-            continue
-        metrics.last_step = step
-        metrics.last_epoch = whole(record.get("epoch_id"))
-        earlier = map(mapping, items(record.get("earlier")))
-        entries = [(whole(each.get("step")), each.get("metrics")) for each in earlier]
-        entries.append((step, record.get("metrics")))
-        for at, values in entries:
-            if at is None or not isinstance(values, dict):
-                invalid += 1
-                continue
-            for name, value in values.items():
-                if isinstance(value, str):
-                    value = _NON_FINITE.get(value)
-                if type(value) is int:
-                    value = float(value) if abs(value) < 1e300 else math.inf
-                if type(value) is not float:
-                    invalid += 1
-                    continue
-                if not name.startswith(prefix):
-                    continue
-                curve = metrics.curves.get(name)
-                if curve is None:
-                    if len(metrics.curves) >= MAX_CURVES:
-                        if len(omitted) < 10_000:
-                            omitted.add(name[:MAX_NAME])
-                        continue
-                    curve = metrics.curves.setdefault(name, Curve())
-                curve.add(at, value)
+    metrics, prefix = Metrics(), group.decode()
+    for record in read_lines(path, problems, group and b'"' + group):
+        metrics.add(record, prefix)
     for curve in metrics.curves.values():
         curve.sort()
-    if invalid:
-        problems.add(f"{invalid:,} values of {path.name} are no numbers and are left out")
-    if omitted:
+    if metrics.invalid:
+        problems.add(f"{metrics.invalid:,} values of {path.name} are no numbers and are left out")
+    if metrics.omitted:
         problems.add(
-            f"{path.name} has more than {MAX_CURVES} metrics; {len(omitted):,} are left out"
+            f"{path.name} has more than {MAX_CURVES} metrics; {len(metrics.omitted):,} are left out"
         )
     return metrics
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from robo_orchard_lab.report.files import (
     read_object,
     reason_of,
     text,
+    utc_time,
     whole,
 )
 from robo_orchard_lab.report.media import read_media
@@ -168,23 +169,22 @@ def read_verdict(state: Mapping[str, Any]) -> dict[str, Any]:
         "updates": whole(progress.get("optimizer_step_id")),
         "skipped_updates": whole(progress.get("skipped_optimizer_steps")),
         "world_size": whole(state.get("processes")),
-        "started_at": _time(state.get("started_at")),
-        "updated_at": _time(state.get("updated_at")),
+        "started_at": utc_time(state.get("started_at")),
+        "updated_at": utc_time(state.get("updated_at")),
         "rollbacks": len(items(state.get("rollbacks"))),
     }
 
 
-def _time(value: Any) -> str | None:
-    """Return a time as ISO text in UTC, or None."""
-    with suppress(ValueError, TypeError, OverflowError):
-        found = datetime.fromisoformat(value)
-        found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
-        return found.isoformat(timespec="seconds")
-    return None
+def run_seconds(
+    state: Mapping[str, Any], events: list[dict[str, Any]], last_at: str | None = None
+) -> float | None:
+    """Return the time that the processes of a run spent, in seconds, or None.
 
-
-def run_seconds(state: Mapping[str, Any], events: list[dict[str, Any]]) -> float | None:
-    """Return the time that the processes of a run spent, in seconds, or None."""
+    Args:
+        state: run_state.json.
+        events: events of the run.
+        last_at: last sign of life, which may be later than the last event.
+    """
     total, began, last = 0.0, None, None
     for event in events:
         if event["at"] is None:
@@ -198,9 +198,10 @@ def run_seconds(state: Mapping[str, Any], events: list[dict[str, Any]]) -> float
     if began is None:
         began = last = None
         with suppress(ValueError, TypeError):
-            began = datetime.fromisoformat(_time(state.get("started_at")) or "")
-            last = datetime.fromisoformat(_time(state.get("updated_at")) or "")
+            began = datetime.fromisoformat(utc_time(state.get("started_at")) or "")
+            last = datetime.fromisoformat(utc_time(state.get("updated_at")) or last_at or "")
     if began is not None and last is not None:
+        last = max(last, datetime.fromisoformat(last_at)) if last_at else last
         total += max(0.0, (last - began).total_seconds())
         return total if total < _SECONDS_PER_RUN else None
     return None
@@ -270,7 +271,7 @@ def _environment(
         "starts": [
             {
                 "name": name,
-                "at": _time(start.get("started_at")),
+                "at": utc_time(start.get("started_at")),
                 "host": text(start.get("host")),
                 "command": text(start.get("command"), limit=500),
             }
@@ -381,7 +382,7 @@ def _checkpoint(path: Path, links: list[str]) -> dict[str, Any]:
     return {
         "name": path.name,
         "step": int(match[1]) if match else None,
-        "saved_at": _time(manifest.get("saved_at")),
+        "saved_at": utc_time(manifest.get("saved_at")),
         "size_bytes": size,
         "links": links,
         "damage": damage,
@@ -408,7 +409,7 @@ def read_events(folder: Path, problems: Problems) -> list[dict[str, Any]]:
         total[kind] += 1
         found.append(
             {
-                "at": _time(event.get("at")),
+                "at": utc_time(event.get("at")),
                 "event": kind,
                 "step": whole(event.get("step")),
                 "text": text(event.get("text"), limit=2000),
@@ -441,7 +442,7 @@ def _events(
     ]
     for number_, (name, start) in enumerate(starts):
         kind = "resume" if number_ else "start"
-        at = _time(start.get("started_at"))
+        at = utc_time(start.get("started_at"))
         derived.append({"at": at, "event": kind, "step": None, "text": f"start {name}"})
     return sorted(derived, key=lambda event: event["at"] or "")
 

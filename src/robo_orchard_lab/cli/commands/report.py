@@ -125,7 +125,7 @@ def runs(folder: Path, sort: str, reverse: bool, metric: str | None, as_json: bo
         [
             [
                 one_line(run.path.relative_to(folder)) if run.path != folder else str(folder),
-                run.state,
+                run.state if run.host is None else one_line(f"{run.state} on {run.host}"),
                 "" if run.steps is None else f"{run.steps:,}",
                 _duration(run.seconds),
                 _best_text(run),

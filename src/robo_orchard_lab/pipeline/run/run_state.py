@@ -34,6 +34,7 @@ from robo_orchard_lab.pipeline.run.durable import (
 )
 from robo_orchard_lab.pipeline.run.event_log import EventLog
 from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
+from robo_orchard_lab.pipeline.run.stage_file import StageFile
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +167,8 @@ class RunStateFile:
         self._writes = RetriedWrite("the trainer")
         self.events = EventLog(self._progress)
         """Events of the run; the first rank records them while the run is in progress."""
+        self.stage = StageFile(self._progress)
+        """Current stage of the run; the first rank records it while the run is in progress."""
         self.at_end: dict[str, Callable[[], object]] = {}
         """Functions to call once when the outcome is written, by hook name; also after a failure,
         and before a forced exit."""
@@ -278,6 +281,7 @@ class RunStateFile:
                 return
         now = _now()
         self._recording.enter_context(self.events.recording(self._folder))
+        self._recording.enter_context(self.stage.recording(self._folder))
         done = self._progress.global_step_id
         kind, text = ("resume", f"resumed after step {done}") if done else ("start", "started")
         self.events.add(kind, f"{text}, world size {self._processes}")

@@ -15,6 +15,7 @@ from robo_orchard_lab.pipeline.errors import PipelineStateError, UnknownMetricEr
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
+from robo_orchard_lab.pipeline.progress import remaining_steps
 from robo_orchard_lab.pipeline.requests import (
     EvaluateRequest,
     LogRequest,
@@ -69,6 +70,17 @@ class CommitPoint:
         self._all_logged = self._carry_out() or (
             self._logged_at == self._run.progress.global_step_id and not completed
         )
+
+    def begin_loop(self) -> None:
+        """Record the stage ``training``, and the limits of the run."""
+        self._run.state_file.stage.begin_loop(self._find_limits)
+
+    def _find_limits(self) -> dict[str, int | None]:
+        run = self._run
+        per_epoch, window = run.steps_per_epoch, run.accelerator.gradient_accumulation_steps
+        left = remaining_steps(run.limits, run.progress, per_epoch, window)
+        total = None if left is None else run.progress.global_step_id + left
+        return {"total_steps": total, "max_epoch": run.limits.max_epoch}
 
     def warn_of_unwritten(self) -> None:
         """Warn at the start of the loop of hooks that publish what no hook writes."""
@@ -136,6 +148,7 @@ class CommitPoint:
         if run.agreement.several:
             requests.begin_commit(run.progress.global_step_id, run.metrics.describe_due())
         evaluated: set[str] = set()
+        stage = run.state_file.stage
         logged = all_logged = False
         while True:
             names = _evaluations_to_run(run, requests.pop(EvaluateRequest))
@@ -143,6 +156,7 @@ class CommitPoint:
                 if name not in evaluated:
                     evaluated.add(name)
                     args = PipelineHookArgs(run, evaluation=name)
+                    stage.enter("evaluating", name)
                     self._on_evaluation(args, run.evaluations[name])
                     run.state_file.events.add("evaluation", name)
             log = bool(requests.pop(LogRequest)) and not logged
@@ -158,13 +172,17 @@ class CommitPoint:
                 check()
             if requests.rollback_request is not None:
                 return all_logged
+        if weights or writes:
+            stage.enter("saving")
         for request in weights:
             _save_weights(run, request)
         for write in writes:
             write.write()
             logger.debug("written: %s, requested by %s", write.reason, write.by)
         if not run.should_defer_saves() and (saves := requests.pop(SaveRequest)):
+            stage.enter("saving")
             _save(run, saves)
+        stage.enter("training")
         run.commit_seconds += perf_counter() - began_at
         return all_logged
 

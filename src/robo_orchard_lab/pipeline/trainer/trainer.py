@@ -539,6 +539,7 @@ class HookBasedTrainer(EvaluationMethods):
         commit_point = self._commit_point
         self._skipped.begin_loop()
         self.report.begun()
+        commit_point.begin_loop()
         commit_point.warn_of_unwritten()
         for check in self._run.start_checks:
             check()
