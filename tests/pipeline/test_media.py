@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
 import re
+import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,8 @@ from robo_orchard_lab.pipeline import (
 )
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hooks import LogImagesConfig, MetricsLoggerConfig
-from robo_orchard_lab.pipeline.media import Media, Report, Table, read_index
-from robo_orchard_lab.pipeline.pixels import MediaError, png, to_image
+from robo_orchard_lab.pipeline.media import Media, Report, Table, encode, read_index
+from robo_orchard_lab.pipeline.pixels import MediaError, mp4, png, to_image
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.sinks import TrackerSink, TrackerSinkConfig
 from robo_orchard_lab.testing import assert_weights_unchanged, run_hook
@@ -147,6 +150,38 @@ def read_events(folder: Path) -> EventAccumulator:
     events = EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0})
     events.Reload()
     return events
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 1, 1), (3, 48, 65), (4, 17, 32)])
+def test_frames_are_encoded_as_a_video_of_every_size(
+    channels: int, height: int, width: int
+) -> None:
+    """An MP4 has all frames, at their rate and in their colors, with even sizes."""
+    av = pytest.importorskip("av")
+    shades = np.array([40, 120, 200], np.uint8).reshape(3, 1, 1, 1)
+    frames = np.broadcast_to(shades, (3, height, width, channels))
+    data = mp4(frames, fps=12.5)
+    assert data is not None
+    with av.open(io.BytesIO(data)) as video:
+        [stream] = video.streams
+        found = [frame.to_ndarray(format="rgb24") for frame in video.decode(stream)]
+        assert (stream.codec_context.name, stream.average_rate) == ("h264", Fraction(25, 2))
+    assert np.stack(found).shape == (3, height + height % 2, width + width % 2, 3)
+    for image, shade in zip(found, (40, 120, 200), strict=True):
+        assert abs(int(image.mean()) - shade) < 5
+
+
+def test_a_video_without_an_encoder_is_an_animated_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without PyAV, the frames are in an animated PNG; with it, in an MP4."""
+    media = Media("video", "rollout", 3, np.zeros((4, 8, 8, 3), np.uint8), fps=5)
+    if importlib.util.find_spec("av"):
+        assert encode(media)[1][4:8] == b"ftyp"
+    monkeypatch.setitem(sys.modules, "av", None)
+    suffix, data = encode(media)
+    shown = Image.open(io.BytesIO(data))
+    assert (suffix, shown.n_frames) == ("png", 4)  # type: ignore[attr-defined]  # of an animated image
 
 
 def test_media_are_in_tensorboard_and_in_the_run_folder(tmp_path: Path) -> None:

@@ -26,7 +26,15 @@ from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_core.utils.untrusted_text import path_problem
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
-from robo_orchard_lab.pipeline.pixels import MediaError, Pixels, png, render, to_frames, to_image
+from robo_orchard_lab.pipeline.pixels import (
+    MediaError,
+    Pixels,
+    mp4,
+    png,
+    render,
+    to_frames,
+    to_image,
+)
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.run.durable import find_leftovers, make_folder, replace_file
 from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
@@ -35,14 +43,6 @@ logger = logging.getLogger(__name__)
 
 MediaKind: TypeAlias = Literal["image", "video", "text", "table", "hyperparameters"]
 Hyperparameter: TypeAlias = bool | int | float | str
-
-_SUFFIX = {
-    "image": "png",
-    "video": "png",  # animated
-    "text": "md",
-    "table": "csv",
-    "hyperparameters": "json",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,10 @@ class Report:
         fps: float = 10.0,
         all_ranks: bool = False,
     ) -> None:
-        """Report frames of shape (T, C, H, W) or (T, H, W, C), with values as of an image."""
+        """Report frames of shape (T, C, H, W) or (T, H, W, C), with values as of an image.
+
+        The file is an MP4 if PyAV is installed, else an animated PNG, which is many times larger.
+        """
 
         def convert() -> Pixels:
             if not isinstance(fps, int | float) or not 0 < fps < 1000:
@@ -329,7 +332,8 @@ class MediaFolder:
         self._counts[media.name] += 1
         number = self._counts[media.name]
         suffix = f"-{number}" if number > 1 else ""
-        file = f"{media.name}/{media.step:08d}{suffix}.{_SUFFIX[media.kind]}"
+        kind, content = encode(media)
+        file = f"{media.name}/{media.step:08d}{suffix}.{kind}"
         entry: dict[str, Any] = {"step": media.step, "kind": media.kind, "name": media.name}
         entry["file"] = file
         for name in ("caption", "fps"):
@@ -338,7 +342,7 @@ class MediaFolder:
         path, line = self._folder / file, _to_line(entry)
         try:
             make_folder(path.parent)
-            replace_file(path, encode(media))
+            replace_file(path, content)
             if self._lines.get(file) != line:
                 self._append(line)
                 self._lines[file] = line
@@ -426,18 +430,19 @@ def _to_cell(value: Any) -> Hyperparameter | None:
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
-def encode(media: Media) -> bytes:
-    """Return the contents of a record's file."""
+def encode(media: Media) -> tuple[str, bytes]:
+    """Return the suffix and the contents of a record's file."""
     content = media.content
     if media.kind == "image":
-        return png(content[None])
+        return "png", png(content[None])
     if media.kind == "video":
-        return png(content, media.fps or 10.0)
+        found = mp4(content, media.fps or 10.0)
+        return ("png", png(content, media.fps or 10.0)) if found is None else ("mp4", found)
     if media.kind == "table":
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([content.columns, *content.rows])
-        return text.getvalue().encode()
+        return "csv", text.getvalue().encode()
     if media.kind == "hyperparameters":
-        return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
-    return str(content).encode()
+        return "json", json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+    return "md", str(content).encode()

@@ -1,10 +1,12 @@
-"""Pixels of images and videos: conversion from tensors, arrays and figures, and PNG."""
+"""Pixels of images and videos: conversion from tensors, arrays and figures, PNG and MP4."""
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import zlib
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -153,6 +155,36 @@ def png(frames: Pixels, fps: float = 10.0) -> bytes:
             chunks.append(_chunk(b"fdAT", struct.pack(">I", number) + data))
             number += 1
     return b"".join([b"\x89PNG\r\n\x1a\n", *chunks, _chunk(b"IEND", b"")])
+
+
+def mp4(frames: Pixels, fps: float) -> bytes | None:
+    """Encode frames of shape (T, H, W, C) as H.264 in MP4, which every browser plays.
+
+    None without PyAV, or with a PyAV that lacks the encoder. Transparency is dropped.
+    """
+    try:
+        import av
+    except ImportError:
+        return None
+    if "libx264" not in av.codecs_available:
+        return None
+    _, height, width, channels = frames.shape
+    # Chroma has half the resolution: both sizes must be even.
+    frames = np.pad(frames, [(0, 0), (0, height % 2), (0, width % 2), (0, 0)], "edge")
+    frames = np.repeat(frames, 3, axis=-1) if channels == 1 else frames[..., :3]
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        rate = max(Fraction(fps).limit_denominator(1000), Fraction(1, 1000))
+        stream = container.add_stream("libx264", rate=rate, options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = (
+            width + width % 2,
+            height + height % 2,
+            "yuv420p",
+        )
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    return file.getvalue()
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
