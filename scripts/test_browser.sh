@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install Chromium, Selenium and axe-core, and run the tests of reports in the browser.
+# Install Chromium and axe-core, and run the tests of reports in the browser. From then on,
+# scripts/test.sh runs them, too.
 #
 #     bash scripts/test_browser.sh
 #
@@ -12,12 +13,9 @@ if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; the
     apt-get update -qq
     apt-get install -y -qq chromium chromium-driver
 fi
-"$python" -m pip install --quiet --disable-pip-version-check "selenium>=4.20"
 tools=$environment/browser
 if command -v npm >/dev/null && [ ! -e "$tools/node_modules/axe-core/axe.min.js" ]; then
     npm install --silent --prefix "$tools" axe-core@4
 fi
-axe=$tools/node_modules/axe-core/axe.min.js
-[ ! -e "$axe" ] || export AXE_CORE=$axe
 cd "$checkout"
 exec "$python" -m pytest tests/report -m browser "$@"
