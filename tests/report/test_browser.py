@@ -1,6 +1,7 @@
 """Reports in headless Chromium: console, requests, curves, dark mode, keyboard, width, axe-core.
 
-``bash scripts/test_browser.sh`` installs Chromium, Selenium and axe-core, and runs these tests.
+They skip themselves without Chromium and ChromeDriver, and the tests of accessibility without
+axe-core; ``bash scripts/test_browser.sh`` installs all of them.
 """
 
 from __future__ import annotations
@@ -9,27 +10,33 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.report.page import render
-from run_folders import HOSTILE, record, write_metrics
+from run_folders import HOSTILE, record, train, write_metrics
 
 pytestmark = pytest.mark.browser
 webdriver = pytest.importorskip(
-    "selenium.webdriver", reason="Selenium is missing: bash scripts/test_browser.sh"
+    "selenium.webdriver", reason="Selenium is missing: pip install selenium"
 )
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-AXE = os.environ.get("AXE_CORE", "")
+LONGEST_S = 60
+AXE = Path(sys.prefix, "browser", "node_modules", "axe-core", "axe.min.js")  # in .venv
+AXE = Path(os.environ.get("AXE_CORE", AXE))
 FLAGS = (
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # a container may have 64 MiB
     "--disable-quic",
     "--disable-sync",
     "--disable-background-networking",
@@ -37,7 +44,7 @@ FLAGS = (
     "--no-first-run",
     "--hide-scrollbars",
 )
-ON_ERROR = "addEventListener('error', e => (window.problems ??= []).push(e.message))"
+ON_ERROR = "addEventListener('error', e => (window.scriptErrors ??= []).push(e.message))"
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +126,7 @@ def opened(browser: Any, folder: Path, runs: list[Path]) -> Any:
 def test_a_page_has_no_error_and_makes_no_request(page: Any) -> None:
     """The console is empty, no script fails, and the browser requests the page alone."""
     assert page.get_log("browser") == []
-    assert page.execute_script("return window.problems ?? []") == []
+    assert page.execute_script("return window.scriptErrors ?? []") == []
     messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     requested = [
         message["params"]["request"]["url"]
@@ -189,6 +196,84 @@ def test_dark_mode_follows_the_system_and_the_button(page: Any) -> None:
     assert (chosen, button.text) == (light, "Theme: light")
 
 
+def test_charts_work_with_the_mouse(browser: Any, recorded: Path, tmp_path: Path) -> None:
+    """Hover shows the values of a step in all charts; a drag zooms them, a double-click resets."""
+    page = opened(browser, tmp_path, [recorded])
+    chains = pytest.importorskip("selenium.webdriver.common.action_chains").ActionChains
+    plot = page.find_element("css selector", ".plot .u-over")
+    width = plot.size["width"]
+    step = "return report.charts.map(c => c.step.textContent)"
+    chains(page).move_to_element_with_offset(plot, width // 2 - 2, 0).perform()
+    assert set(page.execute_script(step)) == {"step 14"}
+    shown = page.execute_script("return report.charts[0].cells.map(c => c.textContent)")
+    data = page.execute_script("return report.charts[0].series.map(s => s.y.at(-1))")
+    assert [float(text) for text in shown] == pytest.approx(data, abs=1e-4)
+    spans = "return report.charts.map(c => c.plot.scales.x.max - c.plot.scales.x.min)"
+    complete = page.execute_script(spans)
+    drag = chains(page).move_to_element_with_offset(plot, -width // 4, 0).click_and_hold()
+    drag.move_by_offset(width // 4, 0).release().perform()
+    zoomed = page.execute_script(spans)
+    assert all(0.2 < now / before < 0.3 for now, before in zip(zoomed, complete, strict=True))
+    chains(page).double_click(plot).perform()
+    assert page.execute_script(spans) == complete
+
+
+def test_costs_are_in_collapsed_groups(browser: Any, tmp_path: Path) -> None:
+    """Curves of ``perf/`` are in two closed groups; times of hooks share a chart."""
+    names = ["loss", "perf/steps_per_s", "perf/data_s", "perf/hooks/a", "perf/hooks/b"]
+    lines = [record(step, **dict.fromkeys(names, 1.0 * step)) for step in (1, 2)]
+    file = tmp_path / "page.html"
+    file.write_text(render([write_metrics(tmp_path / "run", lines)]))
+    browser.get(file.as_uri())
+    groups = browser.execute_script(
+        "return [...document.querySelectorAll('#curves details')].map(d => [d.open, "
+        "d.querySelector('summary').textContent, d.querySelectorAll('.chart').length])"
+    )
+    assert groups == [[False, "Performance (2 curves)", 2], [False, "Time of hooks (2 curves)", 1]]
+    assert len(browser.find_elements("css selector", "#curves > .charts .chart")) == 1
+
+
+def test_videos_play_and_damaged_media_are_named(browser: Any, tmp_path: Path) -> None:
+    """A video of a hook plays in the page; damaged and cut files have a text instead."""
+    pytest.importorskip("av", reason="PyAV, which encodes videos, is missing")
+    frames = np.random.default_rng(0).integers(0, 255, (20, 40, 64, 3), np.uint8)
+    hooks = PipelineHooks("rollouts")
+
+    @hooks.on_step.after(when="at steps 7")
+    def add(args: PipelineHookArgs) -> None:
+        args.report.add_video("rollout", frames, fps=20)
+        for name in ("cut", "half", "text"):
+            args.report.add_image(name, frames[0])
+        args.report.add_video("broken", frames)
+
+    run = tmp_path / "run"
+    train(run, {"rollouts": hooks})
+    for name, size in (("cut", 40), ("half", 3000)):
+        file = run / "media" / name / "00000007.png"
+        file.write_bytes(file.read_bytes()[:size])
+    (run / "media" / "text" / "00000007.png").write_text("<svg onload=alert(1)>")
+    file = run / "media" / "broken" / "00000007.mp4"
+    file.write_bytes(file.read_bytes()[:500])
+    page = opened(browser, tmp_path, [run])
+    page.set_script_timeout(LONGEST_S)
+    played = page.execute_async_script(
+        "const video = document.querySelector('video[aria-label^=rollout]');"
+        "video.addEventListener('timeupdate', () => video.currentTime > 0.2 && "
+        "arguments[0]([video.readyState, video.videoWidth, video.duration]));"
+        "video.addEventListener('error', () => arguments[0](video.error.message));"
+        "video.play().catch(e => arguments[0](e.message))"
+    )
+    assert played[0] >= 2
+    assert played[1:] == [64, pytest.approx(1.0, abs=0.05)]
+    figures = page.find_elements("css selector", "#media figure")
+    texts = {figure.text.split("\n")[-1].split(",")[0]: figure.text for figure in figures}
+    assert texts["cut"].startswith("cut/00000007.png can't be shown: damaged")
+    assert texts["broken"].startswith("broken/00000007.mp4 can't be shown: damaged")
+    assert texts["half"].startswith("the file is cut")
+    assert texts["text"].startswith("text/00000007.png is no image")
+    assert len(page.find_elements("css selector", "#media img, #media video")) == 2
+
+
 def test_charts_work_with_the_keyboard(browser: Any, recorded: Path, tmp_path: Path) -> None:
     """Tab reaches a chart; arrows move its cursor, plus zooms all charts, 0 shows all again."""
     page = opened(browser, tmp_path, [recorded])
@@ -233,7 +318,7 @@ def test_a_narrow_page_does_not_scroll_sideways(page: Any, width: int) -> None:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-@pytest.mark.skipif(not AXE, reason="AXE_CORE names no axe.min.js: bash scripts/test_browser.sh")
+@pytest.mark.skipif(not AXE.is_file(), reason=f"{AXE} is missing: bash scripts/test_browser.sh")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_core_finds_nothing_serious(page: Any, scheme: str) -> None:
     """axe-core finds no serious or critical problem, in light and in dark."""
@@ -241,7 +326,7 @@ def test_axe_core_finds_nothing_serious(page: Any, scheme: str) -> None:
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     page.execute_cdp_cmd("Page.setBypassCSP", {"enabled": True})
     page.set_script_timeout(60)
-    page.execute_script(Path(AXE).read_text("utf-8"))
+    page.execute_script(AXE.read_text("utf-8"))
     found = page.execute_async_script("axe.run().then(r => arguments[0](r.violations))")
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     serious = [

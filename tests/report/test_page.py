@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from robo_orchard_lab.pipeline import PIPELINE_CHANNELS
 from robo_orchard_lab.pipeline.sinks import read_metrics
+from robo_orchard_lab.report.listing import summarize
 from robo_orchard_lab.report.page import render, write
 from robo_orchard_lab.report.story import read_story
 from run_folders import HOSTILE, Page, record, write_metrics
@@ -205,6 +206,31 @@ def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("completed", ("completed", "", None)),
+        ("completed: no progress", ("stopped", "no progress", None)),
+        ("failed: KeyError: 'x'", ("failed", "KeyError: 'x'", None)),
+        (None, ("failed", "", "Killed")),
+    ],
+)
+def test_the_last_event_is_the_outcome_of_a_run_whose_state_was_not_written(
+    run: Path, text: str | None, expected: tuple[str, str, str | None]
+) -> None:
+    """A state that a full disk left at running is out of date; without an end, it was a kill."""
+    state = json.loads((run / "run_state.json").read_text())
+    state["state"], state["process"]["pid"] = "running", 2**22 - 1
+    (run / "run_state.json").write_text(json.dumps(state))
+    lines = (run / "events.jsonl").read_text().splitlines(keepends=True)[:-1]
+    end = [] if text is None else [json.dumps({"event": "end", "step": 14, "text": text}) + "\n"]
+    (run / "events.jsonl").write_text("".join(lines + end))
+    verdict = read_story(run)["verdict"]
+    error = verdict["error"] and verdict["error"]["type"]
+    assert (verdict["state"], verdict["reason"], error) == expected
+    assert summarize(run).state == expected[0]
+
+
 def test_a_checkpoint_with_a_missing_byte_is_damaged(run: Path) -> None:
     """The state of a checkpoint compares sizes of files, and names the file."""
     file = run / "checkpoints" / "step_00000014" / "model.safetensors"
@@ -224,6 +250,24 @@ def test_a_comparison_shows_differences_alone(tmp_path: Path) -> None:
     assert data["differences"] == [{"path": "optimizer.lr", "values": ["0.1", "0.2"]}]
     assert [run["name"] for run in data["runs"]] == ["a/run", "b/run"]
     assert data["sort"] == "eval/val/loss"
+
+
+def test_a_run_without_a_configuration_differs_in_nothing(tmp_path: Path) -> None:
+    """The differences of a comparison are those of the runs that recorded a configuration."""
+    for name, lr in (("a", 0.1), ("b", 0.2), ("c", None)):
+        folder = write_metrics(tmp_path / name, [record(1, loss=1.0)])
+        if lr is not None:
+            config = {"seed": 0, "optimizer": {"lr": lr}}
+            (folder / "config.yaml").write_text(json.dumps(config))
+    data = Page(render([tmp_path / name for name in "abc"])).data
+    assert data["differences"] == [{"path": "optimizer.lr", "values": ["0.1", "0.2", None]}]
+
+
+def test_a_page_names_the_trace(run: Path) -> None:
+    """The data has name and size of trace.json, if the run has one."""
+    assert read_story(run)["trace"] is None
+    (run / "trace.json").write_text("{}")
+    assert read_story(run)["trace"] == {"file": "trace.json", "size_bytes": 2}
 
 
 def test_images_are_embedded_by_their_content(run: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from robo_orchard_lab.report import series
 from robo_orchard_lab.report.files import Problems
-from robo_orchard_lab.report.page import render
+from robo_orchard_lab.report.page import render, write
 from robo_orchard_lab.report.series import downsample, guess_mode, read_metrics, to_plain
 from run_folders import Page, record, write_metrics
 
@@ -87,6 +87,29 @@ def test_damage_is_counted_and_left_out(tmp_path: Path) -> None:
     assert "the last line of metrics.jsonl is cut" in problems[0]
     assert "3 lines of metrics.jsonl can't be read" in problems[1]
     assert "3 values of metrics.jsonl are no numbers" in problems[2]
+
+
+def test_every_name_has_its_curve(tmp_path: Path) -> None:
+    """Names that share a long beginning stay apart; a page has those that UTF-8 can't encode."""
+    names = ["x" * 10_000 + end for end in "abc"] + ["\ud800", "__proto__", "", "a\0b"]
+    lines = [record(1, **{name: float(at) for at, name in enumerate(names)})]
+    run = write_metrics(tmp_path / "run", lines)
+    file = tmp_path / "page.html"
+    write(file, render([run]))
+    found = Page(file.read_text()).data["runs"][0]["series"]
+    values = {name: curve["y"][0] for name, curve in found.items()}
+    assert sorted(values.values()) == [0, 1, 2, 3, 4, 5, 6]
+    assert (values["?"], values["__proto__"], values["a\0b"]) == (3, 4, 6)
+    assert max(map(len, values)) < 320
+
+
+def test_steps_beyond_every_axis_are_damage(tmp_path: Path) -> None:
+    """A step that no chart can show, or that is negative, is left out and counted."""
+    lines = [record(step, loss=1.0) for step in (3, 2**52, -1, 2**50 - 1)]
+    problems = Problems()
+    found = read_metrics(write_metrics(tmp_path, lines) / "metrics.jsonl", problems)
+    assert [*found.curves["loss"].steps] == [3, 2**50 - 1]
+    assert problems == ["2 values of metrics.jsonl are no numbers and are left out"]
 
 
 def test_a_series_of_nan_alone_has_no_best() -> None:

@@ -171,8 +171,9 @@ class LineReader:
         if self._is_cut:
             problems.add(f"the last line of {name} is cut, as after a crash; it is left out")
         if self._damaged:
-            lines = "a line" if self._damaged == 1 else f"{self._damaged:,} lines"
-            problems.add(f"{lines} of {name} can't be read and are left out")
+            one = f"a line of {name} can't be read and is left out"
+            lines = f"{self._damaged:,} lines of {name} can't be read and are left out"
+            problems.add(one if self._damaged == 1 else lines)
 
     def _lines(self, file: IO[bytes], problems: Problems) -> Iterator[bytes]:
         """Iterate over the lines with the mark, from blocks: most have none."""

@@ -63,16 +63,17 @@ def read_media(folder: Path, problems: Problems) -> list[dict[str, Any]]:
             "kind": text(entry.get("kind"), "image", 20),
             "caption": text(entry.get("caption"), limit=1000),
         }
-        data, path = None, inside(index.parent, file)
+        data, path, own = None, inside(index.parent, file), Problems()
         if not file or path is None:
             item["problem"] = "the index names no file within the folder"
-        elif (data := read_bytes(path, problems, _MAX_FILE_BYTES)) is None:
-            item["problem"] = f"{file} is missing or can't be read"
+        elif (data := read_bytes(path, own, _MAX_FILE_BYTES)) is None:
+            item["problem"] = own[0] if own else f"{file} is missing or can't be read"
         elif len(data) > rest:
             item["problem"] = f"{file} is not embedded: the page is large enough"
         else:
             rest -= len(data)
             item |= _content(item["kind"], data) or {"problem": f"{file} is no {item['kind']}"}
+        item["file"] = file
         found.append(item)
     return found
 
@@ -98,4 +99,7 @@ def _content(kind: str, data: bytes) -> dict[str, Any] | None:
         return None
     # An animated PNG is an image to a browser.
     embedded = f"data:{found};base64,{b64encode(data).decode()}"
-    return {"kind": found.partition("/")[0], "data": embedded}
+    item = {"kind": found.partition("/")[0], "data": embedded}
+    # A browser shows the upper part of a cut image without an error.
+    is_cut = found == "image/png" and b"IEND" not in data[-16:]
+    return item | ({"problem": "the file is cut: its end is missing"} if is_cut else {})

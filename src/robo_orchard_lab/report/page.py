@@ -74,6 +74,7 @@ def render(folders: Sequence[Path], *, sort: str | None = None) -> str:
         "img-src data:; media-src data:; base-uri 'none'; form-action 'none'"
     )
     document = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    document = document.encode("utf-8", "replace").decode()  # lone surrogates, as in names
     for character in "<>&\u2028\u2029":
         document = document.replace(character, f"\\u{ord(character):04x}")
     return _PAGE.format(

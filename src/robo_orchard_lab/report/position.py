@@ -67,7 +67,7 @@ class Position:
 def read_position(folder: Path, metrics_file: Path, problems: Problems) -> Position:
     """Read the position of a run; never fails."""
     state = read_object(folder / RUN_STATE, problems)
-    verdict = read_verdict(state)
+    verdict = read_verdict(folder, state)
     stage = _read_stage(folder)  # also of a killed process
     is_running = verdict["state"] == "running"
     last = last_record(metrics_file)

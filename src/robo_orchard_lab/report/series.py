@@ -7,18 +7,19 @@ import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from robo_orchard_lab.report.files import Problems, items, mapping, read_lines, whole
+from robo_orchard_lab.report.files import Problems, items, mapping, read_lines, text, whole
 
 MAX_POINTS = 100_000
 """Points of all curves of a page."""
 MAX_POINTS_OF_CURVE = 4_000
 MAX_CURVES = 400
 MAX_NAME = 300
-_MAX_BAD = 200
+MAX_STEP = 2**50
+"""Steps from here on are damage; charts have no axis for them."""
 # As JsonLinesSink writes them; its module imports torch.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -138,14 +139,14 @@ class Metrics:
 
     def add(self, record: Mapping[str, Any], prefix: str = "") -> None:
         """Add the values of a record whose names begin with ``prefix``."""
-        step = whole(record.get("global_step_id"))
-        if step is None or step < 0:
+        step = _step(record.get("global_step_id"))
+        if step is None:
             self.invalid += 1
             return
         self.last_step = step
         self.last_epoch = whole(record.get("epoch_id"))
         earlier = map(mapping, items(record.get("earlier")))
-        entries = [(whole(each.get("step")), each.get("metrics")) for each in earlier]
+        entries = [(_step(each.get("step")), each.get("metrics")) for each in earlier]
         entries.append((step, record.get("metrics")))
         for at, values in entries:
             if at is None or not isinstance(values, dict):
@@ -185,12 +186,19 @@ def read_metrics(path: Path, problems: Problems, group: bytes = b"") -> Metrics:
     for curve in metrics.curves.values():
         curve.sort()
     if metrics.invalid:
-        problems.add(f"{metrics.invalid:,} values of {path.name} are no numbers and are left out")
+        one = f"a value of {path.name} is no number and is left out"
+        values = f"{metrics.invalid:,} values of {path.name} are no numbers and are left out"
+        problems.add(one if metrics.invalid == 1 else values)
     if metrics.omitted:
         problems.add(
             f"{path.name} has more than {MAX_CURVES} metrics; {len(metrics.omitted):,} are left out"
         )
     return metrics
+
+
+def _step(value: Any) -> int | None:
+    step = whole(value)
+    return step if step is not None and 0 <= step < MAX_STEP else None
 
 
 def to_plain(metrics: Metrics, budget: int = MAX_POINTS) -> dict[str, dict[str, Any]]:
@@ -205,7 +213,10 @@ def to_plain(metrics: Metrics, budget: int = MAX_POINTS) -> dict[str, dict[str, 
             break
         rest -= length
     found: dict[str, dict[str, Any]] = {}
-    for name in sorted(metrics.curves):
-        shown = name if len(name) <= MAX_NAME else name[:MAX_NAME] + " ..."
-        found[shown] = metrics.curves[name].to_plain(limit)
+    numbers = count(2)
+    for name, curve in sorted(metrics.curves.items()):
+        shown = name = text(name, limit=MAX_NAME)
+        while shown in found:  # of long names with one beginning
+            shown = f"{name} ({next(numbers)})"
+        found[shown] = curve.to_plain(limit)
     return found

@@ -42,6 +42,7 @@ from robo_orchard_lab.report.series import (
     to_plain,
 )
 
+_TRACE = "trace.json"
 _MAX_STARTS = 100
 _MAX_CHECKPOINTS = 200
 _MAX_EVENTS_OF_A_KIND = 300
@@ -102,7 +103,7 @@ def read_story(folder: Path, points: int = MAX_POINTS) -> dict[str, Any]:
     if not state:
         problems.add(f"there is no {RUN_STATE}: no run was started in this folder, or it was lost")
     events = _events(folder, checkpoints, starts, problems)
-    verdict = read_verdict(state)
+    verdict = read_verdict(folder, state)
     if metrics.last_step is not None and metrics.last_step > (verdict["steps"] or 0):
         verdict["steps"], verdict["epochs"] = metrics.last_step, metrics.last_epoch
     environment = _environment(starts, checkpoints)
@@ -127,6 +128,7 @@ def read_story(folder: Path, points: int = MAX_POINTS) -> dict[str, Any]:
         ],
         "environment": environment,
         "plan": _plan(folder, problems),
+        "trace": _trace(folder),
         "media": read_media(folder, problems),
         "problems": [*problems],
     }
@@ -135,23 +137,28 @@ def read_story(folder: Path, points: int = MAX_POINTS) -> dict[str, Any]:
 # --- verdict ---------------------------------------------------------------------------------
 
 
-def read_verdict(state: Mapping[str, Any]) -> dict[str, Any]:
+def read_verdict(folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the outcome of a run from its run_state.json: state, reason and place.
 
+    If the process is gone and the file says running, as after a full disk, the last event decides.
     States: completed, stopped, preempted, failed, running, unknown.
     """
     progress = mapping(state.get("progress"))
     found = text(state.get("state"), "unknown", 40)
     error = mapping(state.get("error"))
     reason, by = text(state.get("reason")), text(state.get("by"))
-    if found == "completed" and reason:
-        found = "stopped"
     if found == "running":
         with suppress(ValueError, TypeError):
             process = ProcessIdentity.model_validate(state.get("process"))
             if process.is_gone():
                 found = "failed"
                 error = {"type": "Killed", "message": process.describe_death(), "rank": 0}
+                last = read_events(folder, Problems())[-1:]
+                if last and last[0]["event"] == "end":
+                    found, _, reason = last[0]["text"].partition(": ")
+                    error = {}
+    if found == "completed" and reason:
+        found = "stopped"
     if found not in ("completed", "stopped", "preempted", "failed", "running"):
         found = "unknown"
     return {
@@ -457,6 +464,16 @@ def _plan(folder: Path, problems: Problems) -> list[dict[str, Any]]:
     ]
 
 
+def _trace(folder: Path) -> dict[str, Any] | None:
+    """Return name and size of the trace of a run's HookProfiler, or None."""
+    with suppress(OSError, ValueError):
+        descriptor = open_regular(folder / _TRACE)
+        size = os.fstat(descriptor).st_size
+        os.close(descriptor)
+        return {"file": _TRACE, "size_bytes": size}
+    return None
+
+
 def _evaluations(metrics: Metrics, modes: Mapping[str, Mode]) -> dict[str, Any]:
     """Return the table of evaluation metrics: columns with their best value, rows by step."""
     names = sorted(name for name in metrics.curves if name.startswith("eval/"))[:60]
@@ -491,9 +508,11 @@ def _cell(value: float) -> float | str:
 
 
 def differing(runs: list[dict[str, Any]]) -> Iterator[tuple[str, list[str | None]]]:
-    """Yield the configuration values that differ between runs, with the value of each run."""
+    """Yield the configuration values that differ, with the value of each run.
+
+    Runs without a recorded configuration differ in nothing.
+    """
     values = [{item["path"]: item["value"] for item in run["configuration"]} for run in runs]
     for path in dict.fromkeys(path for run in values for path in run):
-        found = [run.get(path) for run in values]
-        if any(value != found[0] for value in found):
-            yield path, found
+        if len({run.get(path) for run in values if run}) > 1:
+            yield path, [run.get(path) for run in values]

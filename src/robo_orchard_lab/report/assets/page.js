@@ -202,6 +202,7 @@
     if (parts[0] === "eval" && parts.length > 1) parts = parts.slice(Math.min(2, parts.length - 1));
     else if (parts[0] === "train" && parts.length > 1) parts = parts.slice(1);
     if (["loss", "lr", "grad_norm"].includes(parts[0])) return parts[0];
+    if (parts[0] === "perf" && parts[1] === "hooks") return "perf/hooks";
     return parts.join("/").replace(/_epoch$/, "");
   }
 
@@ -477,12 +478,13 @@
   function curvesSection() {
     const found = groups();
     if (!found.length) return null;
-    const isMinor = ([name]) => name.startsWith("perf/");
-    const minor = found.filter(isMinor);
-    const major = found.filter((group) => !isMinor(group));
+    const collapsed = [["Performance", /^perf\/(?!hooks(\/|$))/], ["Time of hooks", /^perf\/hooks(\/|$)/]]
+      .map(([title, names]) => [title, found.filter(([name]) => names.test(name))]);
+    const major = found.filter((group) => !collapsed.some(([, groups]) => groups.includes(group)));
     const thinned = runs.some((run) => Object.values(run.series).some((s) => s.points > s.x.length));
     return section("curves", "Curves", controls(), chartGrid(major),
-      minor.length ? el("details", { open: !major.length }, el("summary", {}, `Performance (${count(minor.length, "curve")})`), chartGrid(minor)) : null,
+      collapsed.map(([title, groups]) => groups.length ? el("details", { open: !major.length },
+        el("summary", {}, `${title} (${count(groups.reduce((n, [, series]) => n + series.length, 0), "curve")})`), chartGrid(groups)) : null),
       thinned ? el("p", { class: "soft" }, "Long curves show fewer points; the smallest and the largest values are kept.") : null);
   }
 
@@ -554,13 +556,18 @@
   }
 
   function mediaBody(item, label) {
+    const note = item.problem ? el("p", { class: "lost" }, item.problem) : null;
     if (item.text !== undefined) return el("div", { class: "scroll tall note code", tabIndex: 0, role: "region", "aria-label": label }, item.text);
     if (item.columns) return table(item.columns, item.rows, label, item.rows.length > 12);
-    if (item.data && item.kind === "video") return el("video", { controls: true, src: item.data, "aria-label": label });
-    if (!item.data) return el("p", { class: "soft" }, item.problem);
-    const image = el("img", { src: item.data, alt: item.caption || label });
-    image.addEventListener("load", () => { if (image.naturalWidth < 400) image.className = "small"; });
-    return image;
+    if (!item.data) return note;
+    const isVideo = item.kind === "video";
+    const shown = isVideo
+      ? el("video", { controls: true, loop: true, muted: true, playsInline: true, preload: "metadata", src: item.data, "aria-label": label })
+      : el("img", { src: item.data, alt: item.caption || label });
+    shown.addEventListener("load", () => { if (shown.naturalWidth < 400) shown.className = "small"; });
+    shown.addEventListener("error", () => shown.replaceWith(
+      el("p", { class: "lost" }, `${item.file} can't be shown: damaged, or of a kind unknown to this browser`)));
+    return note ? el("div", {}, shown, note) : shown;
   }
 
   // Of each name, one step is shown; the newest first.
@@ -618,6 +625,12 @@
       if (!found.list.children.length) found.list.remove();
     }
     return section("hooks", "Hooks", el("p", { class: "soft" }, "Channels are nested as they run; updates that the batch processor yields or makes itself run inside on_batch. The first hook of a channel is the outermost: its before runs first, its after last."), top);
+  }
+
+  function traceSection(run) {
+    if (!run.trace) return null;
+    return section("trace", "Trace", el("p", {}, "Stages and hooks of some steps on a time axis: ", el("code", {}, `${run.folder}/${run.trace.file}`),
+      ` (${bytes(run.trace.size_bytes)}). Open the file in chrome://tracing or ui.perfetto.dev.`));
   }
 
   function configurationSection(run) {
@@ -734,7 +747,7 @@
     const run = runs[0];
     const sections = several
       ? [...comparisonSection(), curvesSection()]
-      : [curvesSection(), evaluationSection(run), mediaSection(run), timelineSection(run), checkpointSection(run), hooksSection(run), configurationSection(run), environmentSection(run)];
+      : [curvesSection(), evaluationSection(run), mediaSection(run), timelineSection(run), checkpointSection(run), hooksSection(run), traceSection(run), configurationSection(run), environmentSection(run)];
     const present = sections.filter(Boolean);
     const titles = present.map((s) => [s.id, s.querySelector("h2").textContent]);
     const note = several ? count(runs.length, "run") : `${run.verdict.started_at ? `started ${time(run.verdict.started_at)} UTC · ` : ""}${run.folder}`;
