@@ -23,6 +23,8 @@ LAYERS = [
     "robo_orchard_lab.pipeline.trainer",
     "robo_orchard_lab.utils",
     "robo_orchard_lab.experiment",
+    "robo_orchard_lab.data",
+    "robo_orchard_lab.policy",
     "robo_orchard_lab.report",
     "robo_orchard_lab.testing",
     "robo_orchard_lab.cli",

@@ -84,6 +84,7 @@ _KINDS = {
     "robo_orchard_lab.pipeline": "a batch processor",
     "robo_orchard_lab.experiment.samples:MLP": "a module",
     "robo_orchard_lab.experiment.samples:Spirals": "a dataset",
+    "robo_orchard_lab.data": "a dataset",
     "torch.optim": "an optimizer",
     "torch.optim.lr_scheduler": "an LR scheduler",
     "torch.optim.swa_utils": "an LR scheduler",

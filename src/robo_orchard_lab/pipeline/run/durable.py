@@ -107,8 +107,12 @@ def _write_past_cache(descriptor: int, data: memoryview) -> int:
 
 def flush_folder(path: Path) -> None:
     """Flush the entries of a directory to disk."""
-    if sys.platform == "win32":  # not supported
-        return
+    if sys.platform != "win32":  # not supported
+        flush_file(path)
+
+
+def flush_file(path: Path) -> None:
+    """Flush a file that another library has written to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
