@@ -42,6 +42,7 @@ COMMANDS = {
         "prove-resume": ("Prove that a run resumes exactly.", f"{_COMMANDS}.train:prove_resume"),
         "report": ("Write the HTML report of runs.", f"{_COMMANDS}.report:report"),
         "runs": ("List runs with state and best metric.", f"{_COMMANDS}.report:runs"),
+        "watch": ("Show a run in a terminal while it trains.", f"{_COMMANDS}.watch:watch"),
         "checkpoint": (
             "List, show, verify, export and prune checkpoints.",
             f"{_COMMANDS}.checkpoint:checkpoint",

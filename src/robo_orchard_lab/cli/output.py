@@ -190,6 +190,21 @@ def age_text(seconds: float) -> str:
     return "now"
 
 
+def duration_text(seconds: float | None) -> str:
+    """Format a duration in its two largest units.
+
+    >>> duration_text(7.26), duration_text(150), duration_text(7300)
+    ('7 s', '2 min 30 s', '2 h 1 min')
+    """
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def count_text(count: int, noun: str) -> str:
     """Format a count with its unit.
 

@@ -4,6 +4,8 @@
 - ``series``: metrics of a run as curves, downsampled with their extremes
 - ``story``: everything that a page shows about a run, as plain data
 - ``page``: the HTML page of one run or of several
+- ``position``: state, stage and counters of a run
+- ``live``: a run that is followed while its files change
 - ``listing``: the runs below a folder
 
 No module imports torch. Files of a run may be cut, damaged or hostile: a problem is listed in the

@@ -414,14 +414,7 @@ def read_events(folder: Path, problems: Problems) -> list[dict[str, Any]]:
     for event in read_lines(folder / "events.jsonl", problems):
         kind = text(event.get("event"), "event", 40)
         total[kind] += 1
-        found.append(
-            {
-                "at": utc_time(event.get("at")),
-                "event": kind,
-                "step": whole(event.get("step")),
-                "text": text(event.get("text"), limit=2000),
-            }
-        )
+        found.append(event_of(event))
         if len(found) > 200_000:
             del found[:100_000]
     omitted = {k: count - _MAX_EVENTS_OF_A_KIND for k, count in total.items()}
@@ -432,6 +425,16 @@ def read_events(folder: Path, problems: Problems) -> list[dict[str, Any]]:
             continue
         kept.append(event)
     return kept
+
+
+def event_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the event of a line of events.jsonl, with values of known types."""
+    return {
+        "at": utc_time(record.get("at")),
+        "event": text(record.get("event"), "event", 40),
+        "step": whole(record.get("step")),
+        "text": text(record.get("text"), limit=2000),
+    }
 
 
 def _events(

@@ -15,6 +15,7 @@ from robo_orchard_lab.cli.errors import CommandError, ExitCode
 from robo_orchard_lab.cli.output import (
     PROGRAM,
     bytes_text,
+    duration_text,
     json_option,
     note,
     print_json,
@@ -127,7 +128,7 @@ def runs(folder: Path, sort: str, reverse: bool, metric: str | None, as_json: bo
                 one_line(run.path.relative_to(folder)) if run.path != folder else str(folder),
                 run.state if run.host is None else one_line(f"{run.state} on {run.host}"),
                 "" if run.steps is None else f"{run.steps:,}",
-                _duration(run.seconds),
+                duration_text(run.seconds),
                 _best_text(run),
                 "" if run.commit is None else one_line(run.commit[:8]) + "+" * run.changed,
             ]
@@ -145,18 +146,3 @@ def _best_text(run: RunSummary) -> str:
     if run.metric is None or run.best is None:
         return ""
     return one_line(f"{run.metric} {run.best:.5g} (step {run.best_step:,})")
-
-
-def _duration(seconds: float | None) -> str:
-    """Format a duration in its two largest units.
-
-    >>> _duration(7.26), _duration(150), _duration(7300)
-    ('7 s', '2 min 30 s', '2 h 1 min')
-    """
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
