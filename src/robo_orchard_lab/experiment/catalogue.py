@@ -82,6 +82,8 @@ _KINDS = {
     "robo_orchard_lab.pipeline.hooks": "a hook",
     "robo_orchard_lab.pipeline.sinks": "a sink",
     "robo_orchard_lab.pipeline": "a batch processor",
+    "robo_orchard_lab.policy": "a module",
+    "robo_orchard_lab.policy.policy:PolicyProcessor": "a batch processor",
     "robo_orchard_lab.experiment.samples:MLP": "a module",
     "robo_orchard_lab.experiment.samples:Spirals": "a dataset",
     "robo_orchard_lab.data": "a dataset",
