@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 from textwrap import dedent
 
@@ -39,7 +48,8 @@ def test_a_hook_is_shown_with_its_fields(capsys: pytest.CaptureFixture[str]) -> 
         "KeepBest  robo_orchard_lab.pipeline.hooks.keep_best:KeepBest\nFile with"
     )
     assert ">>>" not in text
-    assert "Runs on on_loop.\n" in text
+    assert "Runs on on_loop.\nReads metrics, model.weights, model.buffers.\n" in text
+    assert "\nRequests save_weights.\n" in text
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert "FIELD TYPE DEFAULT IS" in rows
     assert (
@@ -121,10 +131,59 @@ def test_plan_shows_the_hooks_of_a_file_in_order(
     printed = json.loads(shown(capsys, "hooks", "plan", "experiment.yaml", "--json"))
     assert {each["defined_in"] for each in printed if each["hook"] == "checkpoint"} == {"default"}
     text = shown(capsys, "hooks", "plan", "experiment.yaml")
-    assert text.splitlines()[0].split() == [
-        "CHANNEL", "HOOK", "CLASS", "WHEN", "CALLS", "DEFINED", "IN", "CODE"
-    ]  # fmt: skip
+    lines = text.splitlines()
+    assert lines[0] == "on_loop: one call of the trainer"
+    assert max(map(len, lines)) <= 80
+    found = next(n for n, line in enumerate(lines) if line.startswith("  - log (MetricsLogger)"))
+    title, source, *effects = lines[found : found + 5]
+    assert title.startswith("  - log (MetricsLogger), experiment.yaml:")
+    assert source.startswith("      before, after robo_orchard_lab/.../metrics_logger.py:")
+    assert [line.strip() for line in effects] == ["reads metrics", "changes files", "requests log"]
+    assert any(line.startswith("      - log, when 50 steps: after robo_orch") for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["experiment.yaml"]
+
+
+def test_plan_has_effects_as_data_and_as_a_flowchart(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--json has what each hook reads, changes and requests; --mermaid prints a flowchart."""
+    monkeypatch.chdir(tmp_path)
+    main(["config", "init"])
+    printed = json.loads(shown(capsys, "hooks", "plan", "experiment.yaml", "--json"))
+    effects = {each["hook"]: (each["changes"], each["requests"]) for each in printed}
+    assert effects["log"] == (["files"], ["log"])
+    assert "model.weights" in effects["OptimizerHook"][0]
+    text = shown(capsys, "hooks", "plan", "experiment.yaml", "--mermaid")
+    assert text.startswith('flowchart TB\n  subgraph on_loop["on_loop: one call')
+    assert "requests log" in text
+    assert main(["hooks", "plan", "experiment.yaml", "--mermaid", "--json"]) == 2
+    assert "found both" in capsys.readouterr().err
+
+
+def test_plan_draws_boxes_in_a_terminal(tmp_path: Path) -> None:
+    """In a terminal of 80 columns, the channels are nested boxes without a wrapped source."""
+    command = [sys.executable, "-m", "robo_orchard_lab"]
+    subprocess.run([*command, "config", "init"], cwd=tmp_path, check=True, capture_output=True)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    environment.pop("COLUMNS", None)
+    with subprocess.Popen(
+        [*command, "hooks", "plan", "experiment.yaml"],
+        cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs, env=environment,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        parts: list[bytes] = []
+        with suppress(OSError):  # the end of a terminal on Linux
+            while part := os.read(ours, 65536):
+                parts.append(part)
+    os.close(ours)
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\](.*?)\x1b\\|\x1b\[[0-9;]*m", "", b"".join(parts).decode())
+    lines = text.splitlines()
+    assert {len(line) for line in lines} == {80}
+    assert lines[0].startswith("╭─ on_loop  one call of the trainer ─")
+    assert any(line.startswith("│ │ │ ╭─ on_batch  ") for line in lines)
 
 
 @pytest.mark.parametrize("name", hook_names())

@@ -29,7 +29,7 @@ from robo_orchard_lab.experiment.schema import experiment_schema
 from robo_orchard_lab.pipeline import SimpleBatchProcessor
 from robo_orchard_lab.pipeline.errors import BatchProcessorError, PipelineConfigError
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
-from robo_orchard_lab.pipeline.plan import plan_hooks
+from robo_orchard_lab.pipeline.plan import RunPlan
 
 FILE = """\
 model: {class_type: MLP, inputs: 2, hidden: [8], outputs: 3}
@@ -411,7 +411,7 @@ def test_trials_of_named_optimizers() -> None:
     averages, steps = 2 * 24, 2  # of Adam, for 24 numbers in two parameters; SGD has no state
     assert dry_run(experiment).memory.optimizer == 4 * (averages + steps)
     assert "saved, and resumed from step 2 to 3" in fast_run(experiment)
-    planned = plan_hooks(build_hook_set(experiment))
+    planned = RunPlan.of(build_hook_set(experiment)).hooks
     assert ("on_step", "NamedOptimizersHook") in [(each.channel, each.hook) for each in planned]
 
 

@@ -90,6 +90,17 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     return None
 
 
+def print_rich(renderable: object) -> None:
+    """Print an object by rich in a terminal; its ``str`` elsewhere, or without rich."""
+    if sys.stdout.isatty():
+        with suppress(ImportError):  # rich is in the extra `terminal`
+            from rich.console import Console
+
+            return Console(file=sys.stdout, highlight=False).print(renderable)
+    say(str(renderable))
+    return None
+
+
 def _print_rich_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -127,6 +127,7 @@ class HookInfo:
         description: Remaining docstring.
         channels: Channels of the hooks of the example; None if the example can't be built here,
             for example without an optional dependency.
+        effects: Lines such as ``reads loss``, as declared with the settings of the example.
         example: Entry for a file.
     """
 
@@ -136,6 +137,7 @@ class HookInfo:
     description: str
     fields: tuple[FieldHelp, ...]
     channels: tuple[str, ...] | None
+    effects: tuple[str, ...]
     example: dict[str, Plain]
 
 
@@ -164,6 +166,7 @@ def hook(name: str, trust: Trust | None = None) -> HookInfo:
         package = reference.partition(".")[0].partition(":")[0]
         raise TrustError(f"{name!r} is not trusted; if you trust its code, pass --trust {package}")
     from robo_orchard_lab.pipeline import CHANNEL_NAMES, PipelineHooks
+    from robo_orchard_lab.pipeline.plan import RunPlan
 
     found: Any = resolve(reference, trust)
     if not (isinstance(found, type) and issubclass(found, PipelineHooks)):
@@ -171,11 +174,12 @@ def hook(name: str, trust: Trust | None = None) -> HookInfo:
     text = _ROLE.sub(r"`\1`", inspect.getdoc(found) or "").replace("``", "`")
     first, *parts = text.split("\n\n")
     example: dict[str, Plain] = {"class_type": name, **EXAMPLES.get(name, {})}
-    channels = None
+    channels, effects = None, list[str]()
     with suppress(Exception):  # the constructor decides which error
         holder = _Holder.from_dict({"hook": with_definitions(example)}, trust=trust)
         built: PipelineHooks = holder.hook(**_ARGUMENTS.get(name, {}))
         channels = tuple(each for each in CHANNEL_NAMES if len(built.get_channel(each)))
+        effects = RunPlan.of(built).hooks[0].effects
     return HookInfo(
         name,
         reference,
@@ -183,6 +187,7 @@ def hook(name: str, trust: Trust | None = None) -> HookInfo:
         description="\n\n".join(p for p in parts if not p.startswith(_FOR_CODE)).strip(),
         fields=tuple(fields_of(config_class_of(found))),
         channels=channels,
+        effects=tuple(effects),
         example=example,
     )
 

@@ -203,6 +203,15 @@ class PipelineHooks:
     unknown. If all hooks declare theirs, an unknown name of a metric to monitor or to show is an
     error before the first step. A subclass declares its own."""
 
+    reads: Sequence[str] | None = None
+    """What the hook reads, for the plan of a run: names of data fields of `PipelineHookArgs`, such
+    as ``loss``, or of docs/hooks.md, such as ``gradients``; None if not declared."""
+    changes: Sequence[str] | None = None
+    """What the hook changes: names of assignable fields, or of docs/hooks.md, such as
+    ``model.weights`` or ``metrics``; None if not declared."""
+    requests: Sequence[str] | None = None
+    """Methods of ``args.requests`` that the hook calls, such as ``stop``; None if not declared."""
+
     _hook_channels: dict[ChannelName, HookContextChannel[PipelineHookArgs]] | None = None
     _hook_name: str | None = None
     _hook_members: tuple[PipelineHooks, ...] = ()
@@ -222,6 +231,29 @@ class PipelineHooks:
     @name.setter
     def name(self, name: str) -> None:
         self._hook_name = name
+
+    def declare_effects(
+        self,
+        *,
+        reads: Sequence[str] = (),
+        changes: Sequence[str] = (),
+        requests: Sequence[str] = (),
+    ) -> None:
+        """Add names to :attr:`reads`, :attr:`changes` and :attr:`requests` of this object.
+
+        For a bundle of functions, and in constructors, for effects that depend on settings:
+
+        >>> notes = PipelineHooks("notes")
+        >>> notes.declare_effects(reads=["loss"])
+        >>> notes.reads, notes.requests
+        (('loss',), ())
+        """
+        added = {"reads": reads, "changes": changes, "requests": requests}
+        for effect, names in added.items():
+            known = getattr(self, effect)
+            declared = known if isinstance(known, tuple | list) else ()
+            more = [names] if isinstance(names, str) else names
+            setattr(self, effect, tuple(dict.fromkeys((*declared, *more))))
 
     def get_channel(self, name: ChannelName) -> HookContextChannel[PipelineHookArgs]:
         """Return the hooks of a channel.
@@ -281,6 +313,7 @@ class PipelineHooks:
         def before(args: PipelineHookArgs) -> None:
             handles.append(begin(args))
 
+        @functools.wraps(begin)
         def after(args: PipelineHookArgs) -> None:
             handles.pop().remove()
 

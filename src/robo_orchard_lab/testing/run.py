@@ -226,7 +226,7 @@ def train(
         tested,
         trainer.progress,
         tuple(recorder.events),
-        tuple(recorder.requests),
+        tuple(recorder.made),
         tuple(recorder.records),
         tuple(float(loss) for loss in recorder.losses),
         trainer.model,
@@ -254,7 +254,7 @@ class Recorder(PipelineHooks):
     def __init__(self, log_every: str | None, stop_after: int | None) -> None:
         super().__init__(RECORDER)
         self.events: list[Event] = []
-        self.requests: list[MadeRequest] = []
+        self.made: list[MadeRequest] = []
         self.records: list[MetricsRecord] = []
         self.losses: list[torch.Tensor] = []
         self.weights: list[dict[str, torch.Tensor]] = []
@@ -280,7 +280,7 @@ class Recorder(PipelineHooks):
     def _listen(self, args: PipelineHookArgs) -> None:
         def keep(request: Request) -> None:
             if request.by != RECORDER:
-                self.requests.append(MadeRequest(args.progress.steps_done, request))
+                self.made.append(MadeRequest(args.progress.steps_done, request))
 
         args.requests.listen(keep)
         args.metrics.listen(self.records.append)

@@ -31,6 +31,7 @@ from robo_orchard_core.utils.hook.errors import (
     add_origin,
     later_errors,
     origin_of,
+    short_location,
 )
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "add_origin",
     "later_errors",
     "origin_of",
+    "short_location",
 ]

@@ -22,6 +22,8 @@ _ATTRIBUTE = "__later_hook_errors__"
 CONFIGURED_AT = "configured at "
 """Begin of the note that names the place of a hook's configuration."""
 _ORIGIN = "raised in hook "
+_OWN_PACKAGES = ("robo_orchard_core", "robo_orchard_lab")
+_LONGEST_PATH = 40
 
 
 class HookRegistrationError(ValueError):
@@ -132,6 +134,25 @@ class FunctionInfo:
     def __repr__(self) -> str:
         location = self.location
         return f"<FunctionInfo {self.kind} {self.name}{f' from {location}' if location else ''}>"
+
+
+def short_location(location: str) -> str:
+    """Return a location in an installed package, or far away, without its inner folders.
+
+    >>> short_location(".venv/lib/python3.12/site-packages/robo_orchard_lab/pipeline/plan.py:53")
+    'robo_orchard_lab/.../plan.py:53'
+    >>> short_location("my_project/hooks.py:12"), short_location("../../data/a/b/hooks.py:7")
+    ('my_project/hooks.py:12', '.../b/hooks.py:7')
+    """
+    parts = location.replace(os.sep, "/").split("/")
+    for at, part in enumerate(parts[:-1]):
+        package = at + (part in ("site-packages", "dist-packages"))
+        if package > at or part in _OWN_PACKAGES:
+            inner = parts[package:]
+            return "/".join(inner if len(inner) < 3 else (inner[0], "...", inner[-1]))
+    if len(location) <= _LONGEST_PATH and parts[0] not in ("", ".."):
+        return location
+    return "/".join((*(["..."] * (len(parts) > 2)), *parts[-2:]))
 
 
 def _instance_name(instance: object) -> str:

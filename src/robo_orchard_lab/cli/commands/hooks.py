@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from robo_orchard_lab.cli.experiment_arguments import (
 from robo_orchard_lab.cli.output import (
     json_option,
     print_json,
+    print_rich,
     print_table,
     readable_yaml,
     say,
@@ -90,6 +91,8 @@ def show(name: str, trust: tuple[str, ...], as_json: bool) -> None:
         say(f"\n{hook.description}")
     if hook.channels is not None:
         say(f"\nRuns on {', '.join(hook.channels)}.")
+    for effect in hook.effects:
+        say(f"{effect[0].upper()}{effect[1:]}.")
     if hook.fields:
         say()
         rows = [
@@ -127,36 +130,28 @@ def _entry_name(name: str) -> str:
 @hooks.command("plan", cls=ExperimentCommand)
 @file_argument
 @json_option
-def plan(file: Path, as_json: bool, experiment: ExperimentArguments) -> None:
-    """Show the hooks that run for FILE: channel, order, trigger and source line.
+@click.option("--mermaid", is_flag=True, help="Print a flowchart for Mermaid (mermaid.js.org).")
+def plan(file: Path, as_json: bool, mermaid: bool, experiment: ExperimentArguments) -> None:
+    """Show the hooks that run for FILE: channel, order, trigger, source line and effects.
 
-    The first hook of a channel is the outermost: its before runs first, its after runs last. The
-    hooks are built; models and data are not.
+    The first hook of a channel is the outermost: its before runs first, its after runs last. Where
+    a hook appears first, the plan shows what the hook reads, changes and requests. The hooks are
+    built; models and data are not.
     """
     from robo_orchard_lab.experiment.inspection import build_hook_set
-    from robo_orchard_lab.pipeline.plan import plan_hooks
+    from robo_orchard_lab.pipeline.plan import RunPlan
 
+    if as_json and mermaid:
+        raise click.UsageError("expected one of --json and --mermaid, found both; omit one")
     document = experiment.read(file)
-    found = plan_hooks(build_hook_set(experiment.validated(document)))
+    found = RunPlan.of(build_hook_set(experiment.validated(document)))
+    found = RunPlan(tuple(replace(h, defined_in=_origin(h, document)) for h in found.hooks))
     if as_json:
-        print_json([{**asdict(hook), "defined_in": _origin(hook, document)} for hook in found])
-        return
-    rows: list[list[str]] = []
-    last = ""
-    for hook in found:
-        calls = [name for name in ("before", "after") if getattr(hook, name) is not None]
-        before, after = hook.before or "", hook.after or ""
-        file_, _, line = after.rpartition(":")
-        if file_ and before.startswith(f"{file_}:"):
-            after = line  # a common file is printed once
-        code = ", ".join(filter(None, (before, after)))
-        channel = "" if hook.channel == last else hook.channel
-        origin = _origin(hook, document)
-        rows.append(
-            [channel, hook.hook, hook.class_name, hook.when, ", ".join(calls), origin, code]
-        )
-        last = hook.channel
-    print_table(["channel", "hook", "class", "when", "calls", "defined in", "code"], rows)
+        print_json(found.to_dict()["hooks"])
+    elif mermaid:
+        say(found.to_mermaid())
+    else:
+        print_rich(found)
 
 
 def _origin(hook: PlannedHook, document: ExperimentDocument) -> str:

@@ -30,6 +30,9 @@ class ClearCacheHook(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ()
+    changes = ("device cache",)
+    requests = ()
 
     def __init__(self, cfg: ClearCacheHookConfig) -> None:
         super().__init__()

@@ -44,6 +44,9 @@ class EarlyStopping(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ("metrics",)
+    changes = ()
+    requests = ("stop",)
 
     def __init__(self, cfg: EarlyStoppingConfig) -> None:
         super().__init__()

@@ -310,9 +310,15 @@ class EMA(PipelineHooks):
       trainable parameters, twice as much while applied.
     """
 
+    reads = ("model.weights", "model.buffers", "update_committed")
+    changes = ()
+    requests = ()
+
     def __init__(self, cfg: EMAConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        if cfg.export_path is not None:
+            self.declare_effects(requests=["save_weights"])
         self._updates = 0
         self._updates_in_epoch = 0
         self._averagings = 0  # after update_after_step

@@ -55,9 +55,15 @@ class FreezeHook(PipelineHooks):
       trained, call ``requires_grad_(False)`` before creating the trainer instead.
     """
 
+    reads = ()
+    changes = ("model.requires_grad", "gradients")
+    requests = ()
+
     def __init__(self, cfg: FreezeHookConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        if cfg.eval_mode:
+            self.declare_effects(changes=["model.mode"])
         limits = (cfg.until_step, cfg.until_optimizer_step, cfg.until_epoch)
         self._until = TrainerLimits(*limits) if any(limits) else None
         self._parameters: list[torch.nn.Parameter] = []

@@ -28,6 +28,9 @@ class GradientClippingHook(PipelineHooks):
     """
 
     published_metrics = ("grad_norm", "grad_norm/*")
+    reads = ("gradients", "grad_norm")
+    changes = ("gradients", "grad_norm", "metrics")
+    requests = ()
 
     def __init__(self, cfg: GradientClippingHookConfig) -> None:
         super().__init__()

@@ -129,6 +129,9 @@ class KeepBest(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ("metrics", "model.weights", "model.buffers")
+    changes = ()
+    requests = ("save_weights",)
 
     def __init__(self, cfg: KeepBestConfig) -> None:
         super().__init__()

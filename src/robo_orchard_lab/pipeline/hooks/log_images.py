@@ -59,7 +59,15 @@ class LogImages(_ImageHook):
     'LogImages'
     """
 
+    reads = ()
+    changes = ("report",)
+    requests = ()
+
     cfg: LogImagesConfig
+
+    def __init__(self, cfg: LogImagesConfig) -> None:
+        super().__init__(cfg)
+        self.declare_effects(reads=["batch" if cfg.source == "batch" else "model_outputs"])
 
     def _add(self, args: PipelineHookArgs) -> None:
         cfg = self.cfg
@@ -153,6 +161,10 @@ class SamplePredictions(_ImageHook):
     >>> SamplePredictionsConfig(every="1 epoch", labels=["cup", "door"])().name
     'SamplePredictions'
     """
+
+    reads = ("batch", "model_outputs")
+    changes = ("report",)
+    requests = ()
 
     cfg: SamplePredictionsConfig
 

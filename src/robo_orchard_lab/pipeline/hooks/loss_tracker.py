@@ -218,10 +218,15 @@ class LossTracker(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ("loss", "losses", "loss_weight")
+    changes = ("metrics",)
+    requests = ()
 
     def __init__(self, cfg: LossTrackerConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        if cfg.losses_key is not None:
+            self.declare_effects(reads=["model_outputs"])
         self._total = LossMean(f"loss/{_TOTAL}")
         self._named: dict[str, LossMean] = {}
         self._optimizers: list[str] = []  # names of several optimizers

@@ -63,6 +63,9 @@ class MetricTracker(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ("batch", "model_outputs")
+    changes = ("metrics",)
+    requests = ()
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.run.durable import set_aside
 from robo_orchard_lab.pipeline.sinks import (
+    LogSink,
     LogSinkConfig,
     MetricsFileError,
     MetricsSink,
@@ -68,6 +69,9 @@ class MetricsLogger(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ("metrics",)
+    changes = ()
+    requests = ("log",)
 
     def __init__(
         self,
@@ -88,6 +92,8 @@ class MetricsLogger(PipelineHooks):
             else:
                 for sink in given:
                     self._add(None, sink)
+        if any(not isinstance(sink, LogSink) for sink in self.sinks.values()):
+            self.declare_effects(changes=["files"])
         self.register_for_loop(self._open)
         reason = f"every {cfg.every}"
         self.register_at_commit(lambda args: args.requests.log(reason, self.name), cfg.every)

@@ -36,6 +36,9 @@ class ModelSummary(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ("model",)
+    changes = ()
+    requests = ()
 
     def __init__(self, cfg: ModelSummaryConfig) -> None:
         super().__init__()

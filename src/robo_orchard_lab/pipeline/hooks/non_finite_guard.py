@@ -123,6 +123,9 @@ class NonFiniteGuard(PipelineHooks):
     """
 
     published_metrics = ("guard/skipped", FLAG)
+    reads = ("loss", "gradients", "grad_norm", "skip_reason", "update_committed")
+    changes = ("attached_loss", "grad_norm")
+    requests = ()
 
     def __init__(self, cfg: NonFiniteGuardConfig) -> None:
         super().__init__()
@@ -146,6 +149,22 @@ class NonFiniteGuard(PipelineHooks):
         self._delayed_read = DelayedRead()
         self._unread: ObservedUpdate | None = None
         self._logging_check = LoggingPointCheck(self._fail_at_logging_point)
+
+        if self._should_restore:
+            self.declare_effects(changes=["model.buffers"])
+        if keeps_buffers:
+            self.declare_effects(reads=["model.buffers", "losses"])
+        if self._recorder is not None:
+            self.declare_effects(reads=["batch", "loss_weight", "model.weights", "random state"])
+            self.declare_effects(changes=["files"])
+        if cfg.skip_batch:
+            self.declare_effects(reads=["model.weights", "model.buffers"])
+        if is_skipping or cfg.then == "rollback":
+            self.declare_effects(changes=["skip_reason"])
+        if cfg.policy == "skip" or cfg.read == "at logging points":
+            self.declare_effects(changes=["metrics"])
+        if cfg.then == "rollback":
+            self.declare_effects(requests=["rollback"])
 
         check = {
             "now": self._check_now,

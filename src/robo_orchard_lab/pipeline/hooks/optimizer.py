@@ -80,6 +80,10 @@ class OptimizerHook(PipelineHooks):
             needs a closure, as LBFGS does.
     """
 
+    reads = ("gradients", "skip_reason")
+    changes = ("model.weights", "gradients", "optimizer state", "update_committed")
+    requests = ()
+
     def __init__(
         self,
         accelerator: Accelerator,
@@ -125,6 +129,12 @@ class OptimizerHook(PipelineHooks):
         elif is_plateau:
             self._mean_loss = WeightedSum()
             self._step_lr = self._step_with_mean_loss
+        if self.lr_scheduler is not None:
+            self.declare_effects(changes=["learning rates"])
+        if self._mean_loss is not None:
+            self.declare_effects(reads=["loss", "loss_weight"])
+        elif is_plateau:
+            self.declare_effects(reads=["metrics"])
         self._after_update = self._step_lr if self.lr_scheduler_every == "optimizer_step" else None
 
         if not optimizer_name:
@@ -295,6 +305,10 @@ class NamedOptimizersHook(PipelineHooks):
             step, or all that are left at the end of a step. None in one process.
     """
 
+    reads = ("losses", "gradients", "skip_reason")
+    changes = ("model.weights", "gradients", "optimizer state", "update_committed")
+    requests = ()
+
     def __init__(
         self,
         hooks: Sequence[OptimizerHook],
@@ -307,6 +321,8 @@ class NamedOptimizersHook(PipelineHooks):
         self._without_loss = dict.fromkeys(self._hooks)  # until the first loss in this process
         self.on_step.after(self._end_step)
         self.on_epoch.after(self._warn_of_unused)
+        if self.lr_schedulers:
+            self.declare_effects(changes=["learning rates"])
         for hook in hooks:
             self.register_pipeline_hooks(hook)
 

@@ -81,10 +81,15 @@ class Preemption(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ()
+    changes = ("signal handlers",)
+    requests = ("stop",)
 
     def __init__(self, cfg: PreemptionConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        if cfg.save_checkpoint:
+            self.declare_effects(requests=["save"])
         self._signals = [signal.Signals[name] for name in cfg.signals]
         self._received = 0  # number of the first signal on this rank
         self._received_at = 0.0

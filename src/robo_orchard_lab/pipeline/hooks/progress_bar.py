@@ -56,6 +56,9 @@ class ProgressBarHook(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ("batch_size", "loss", "losses", "metrics")
+    changes = ()
+    requests = ()
 
     def __init__(self, cfg: ProgressBarHookConfig) -> None:
         super().__init__()

@@ -56,6 +56,9 @@ class Report(PipelineHooks):
 
     keeps_trajectory = True
     published_metrics = ()
+    reads = ()
+    changes = ("files",)
+    requests = ()
 
     def __init__(self, cfg: ReportConfig) -> None:
         super().__init__()

@@ -143,10 +143,15 @@ class SaveCheckpoint(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ("model.weights", "model.buffers", "optimizer state", "metrics")
+    changes = ("files",)
+    requests = ()
 
     def __init__(self, cfg: SaveCheckpointConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        if cfg.every is not None or cfg.monitor is not None:
+            self.declare_effects(requests=["save"])
         self._store: CheckpointStore | None = None
         self._run: PipelineRun  # set when the loop begins
         self._handles = ExitStack()  # until the loop ends

@@ -58,6 +58,9 @@ class SaveModel(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ("model.weights", "model.buffers")
+    changes = ("files",)
+    requests = ("write",)
 
     def __init__(self, cfg: SaveModelConfig) -> None:
         super().__init__()

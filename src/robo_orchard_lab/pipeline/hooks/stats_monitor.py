@@ -66,10 +66,18 @@ class StatsMonitor(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ("batch_size", "learning rates")
+    changes = ("metrics",)
+    requests = ()
 
     def __init__(self, cfg: StatsMonitorConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        if cfg.grad_norm:
+            self.declare_effects(reads=["gradients", "grad_norm"])
+            self.declare_effects(changes=["grad_norm"])
+        if cfg.every is not None:
+            self.declare_effects(requests=["log"])
         # By optimizer: publish the norm of the next update; this hook publishes the norm.
         self._norm_due: dict[str, bool] = defaultdict(lambda: cfg.grad_norm)
         self._has_norm: dict[str, bool] = defaultdict(bool)

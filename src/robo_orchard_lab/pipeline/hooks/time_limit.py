@@ -88,10 +88,15 @@ class TimeLimit(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ()
+    changes = ()
+    requests = ("stop",)
 
     def __init__(self, cfg: TimeLimitConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        if cfg.save_checkpoint:
+            self.declare_effects(requests=["save"])
         self._limit_s = None if cfg.limit == "slurm" else duration_s(cfg.limit)
         self._margin_s = duration_s(cfg.margin)
         self._end_at = float("inf")  # Unix time

@@ -39,6 +39,9 @@ class TorchProfilerHook(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ()
+    changes = ("files",)
+    requests = ()
 
     def __init__(self, cfg: TorchProfilerHookConfig) -> None:
         super().__init__()

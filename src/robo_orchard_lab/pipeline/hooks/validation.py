@@ -71,6 +71,9 @@ class ValidationHook(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ("model.weights", "model.buffers")
+    changes = ("metrics",)
+    requests = ()
 
     def __init__(
         self,
@@ -82,6 +85,8 @@ class ValidationHook(PipelineHooks):
     ) -> None:
         super().__init__()
         self.cfg = cfg
+        if cfg.every is not None or cfg.at_start or cfg.at_end:
+            self.declare_effects(requests=["evaluate"])
         who = self.name
         given: Any = given_or_built(dataloaders, cfg.dataloaders, "dataloaders", who)
         loaders = check_dataloaders({} if given is None else given, who)

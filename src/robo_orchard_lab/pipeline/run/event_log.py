@@ -57,8 +57,8 @@ class EventLog:
         """Append an event; does nothing while no events are recorded.
 
         Args:
-            kind: ``start``, ``resume``, ``evaluation``, ``save``, ``skipped update``,
-                ``rollback``, ``warning``, ``error`` or ``end``.
+            kind: ``start``, ``resume``, ``plan changed``, ``evaluation``, ``save``,
+                ``skipped update``, ``rollback``, ``warning``, ``error`` or ``end``.
             text: description for people, in one line.
             step: number of completed steps; by default of the run, with an open step.
         """

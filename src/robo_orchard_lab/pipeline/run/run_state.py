@@ -361,7 +361,7 @@ class RunStateFile:
 
 def _read(path: Path) -> RunState:
     try:
-        return RunState.model_validate_json(_content(path))
+        return RunState.model_validate_json(read_bounded(path))
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
@@ -369,8 +369,13 @@ def _read(path: Path) -> RunState:
         raise StateError(f"{path} can't be read as the state of a run: {problems}") from error
 
 
-def _content(path: Path) -> bytes:
-    """Read a bounded regular file, without following links or waiting for pipes."""
+def read_bounded(path: Path) -> bytes:
+    """Read a small regular file, without following links or waiting for pipes.
+
+    Raises:
+        StateError: the file is too large, a link or no regular file.
+        OSError: the file can't be read.
+    """
     flags = sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "BINARY"))
     try:
         descriptor = os.open(path, os.O_RDONLY | flags)
@@ -383,9 +388,7 @@ def _content(path: Path) -> bytes:
             raise StateError(f"{path} is no regular file")
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
-        raise StateError(
-            f"{path} is larger than the {_MAX_BYTES} bytes that a run's state may have"
-        )
+        raise StateError(f"{path} has more than {_MAX_BYTES} bytes, the most that are read")
     return content
 
 

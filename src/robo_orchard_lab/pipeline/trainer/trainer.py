@@ -42,7 +42,8 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import forward_in_context
 from robo_orchard_lab.pipeline.out_of_memory import FittingBatch
 from robo_orchard_lab.pipeline.pipeline_run import Locate, PipelineRun, dotted_setting
-from robo_orchard_lab.pipeline.plan import write_plan
+from robo_orchard_lab.pipeline.plan import RunPlan
+from robo_orchard_lab.pipeline.plan_file import write_plan
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.retried_write import OutputFile
@@ -397,6 +398,14 @@ class HookBasedTrainer(EvaluationMethods):
         """True if the run was restored from a checkpoint."""
         return self._resumed
 
+    def plan(self) -> RunPlan:
+        """Return the hooks of the run in the order of execution, with their declared effects.
+
+        ``print(trainer.plan())`` prints a tree, and ``rich.print`` nested boxes. A run with a
+        ``run_folder`` writes the plan to ``plan.json``, and a resume logs the differences.
+        """
+        return RunPlan.of(self.hooks)
+
     def keep_files(self, *paths: str | os.PathLike[str]) -> None:
         """Write small files again during the run if they disappear, as with the run folder."""
         for path in paths:
@@ -462,10 +471,8 @@ class HookBasedTrainer(EvaluationMethods):
         with self._run.state_file.around_run(self.requests), failing_together:
             self._check_hooks_consistent()
             if self._run.folder is not None and self.accelerator.is_main_process:
-                try:
-                    write_plan(self._run.folder, self.hooks)
-                except OSError as error:
-                    logger.warning("the plan of the run can't be written: %s", error)
+                done, events = self.progress.global_step_id, self._run.state_file.events
+                write_plan(self._run.folder, self.plan(), done, events)
             self._train()
 
     def _rank_position(self, section: int) -> RankPosition:
