@@ -17,6 +17,7 @@ from robo_orchard_core.utils.config.references import resolve
 from robo_orchard_lab.experiment.catalogue import CATALOGUE, DEFINITIONS, kind_of, with_definitions
 from robo_orchard_lab.pipeline import PipelineHooks, PipelineHooksConfig, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.sinks import JsonLinesSink, LogSink, SinkConfig, TrackerSink
+from robo_orchard_lab.policy.samples import Reach
 
 # Built by the trainer from live objects.
 NOT_FROM_FILES = {"OptimizerHook"}
@@ -64,6 +65,7 @@ KINDS = {
     "a dataset": (torch.utils.data.Dataset,),
     "a sampler": (torch.utils.data.Sampler,),
     "a loader": (torch.utils.data.DataLoader,),
+    "an environment": (Reach,),
 }
 
 
@@ -121,7 +123,7 @@ def test_only_parts_of_this_project_are_listed() -> None:
         if reference.startswith("robo_orchard"):
             cls = resolve(reference, Trust(frozenset(), DEFINITIONS))
             assert inspect.isclass(cls)
-            part = (PipelineHooks, Config, torch.utils.data.Dataset, torch.nn.Module)
+            part = (PipelineHooks, Config, torch.utils.data.Dataset, torch.nn.Module, Reach)
             name = cls.__name__
             assert issubclass(cls, part) or name.endswith(("Sink", "Processor")), reference
 

@@ -26,10 +26,11 @@ from robo_orchard_core.utils.config.references import (
     resolve,
     split_reference,
 )
-from robo_orchard_lab import HOOK_MODULES
 from robo_orchard_lab.experiment.catalogue import (
+    CATALOGUE,
     ExperimentTrust,
     definition_of,
+    kind_of,
     with_definitions,
 )
 from robo_orchard_lab.experiment.parts import ExperimentFields, HooksPart
@@ -103,6 +104,11 @@ EXAMPLES: Mapping[str, dict[str, Plain]] = {
         },
     },
     "ProgressBarHook": {"metrics": ["eval/val/loss"]},
+    "RolloutEvaluation": {
+        "environment": {"class_type": "Reach", "render_mode": "rgb_array"},
+        "every": "200 steps | 1 epoch",
+        "episodes": 20,
+    },
     "TimeLimit": {"limit": "3h30min"},
     "TorchProfilerHook": {"folder": "traces"},
 }
@@ -143,7 +149,11 @@ class HookInfo:
 
 def hook_names() -> list[str]:
     """Return the names of the built-in hooks; torch is not imported."""
-    return [*HOOK_MODULES]
+    return [
+        name
+        for name, definition in CATALOGUE.items()
+        if kind_of(definition) == "a hook" and ":" not in name and not name.endswith("Config")
+    ]
 
 
 def hook(name: str, trust: Trust | None = None) -> HookInfo:

@@ -1,23 +1,67 @@
-"""Policies for manipulation: from observations to chunks of actions.
+"""Policies for manipulation: from observations to chunks of actions, and to a success rate.
 
 - `policy`: interface of policies, and the batch processor `PolicyProcessor`
 - `normalization`: normalization of observations and actions by the statistics of a dataset
 - `behavior_cloning`: `BehaviorCloning`, an MLP
 - `diffusion`, `temporal_unet`: `DiffusionPolicy`, a 1-D temporal U-Net that denoises actions
 - `act`: `ACT`, a transformer on camera images
+- `rollouts`: `rollout`, episodes in vectorised environments, with their success rate
+- `environment_pool`, `environment_worker`: environments in worker processes
+- `rollout_evaluation`: `RolloutEvaluation`, the hook
+- `pretrained`: `save_policy`, `load_policy`, `export_policy`
+- `samples`: `Reach`, an environment without a simulator
+
+Names are imported on first use: workers of rollouts import neither torch nor the trainer.
 """
 
-from robo_orchard_lab.policy.act import ACT
-from robo_orchard_lab.policy.behavior_cloning import BehaviorCloning
-from robo_orchard_lab.policy.diffusion import DiffusionPolicy
-from robo_orchard_lab.policy.normalization import Normalizer
-from robo_orchard_lab.policy.policy import Policy, PolicyProcessor
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "ACT",
-    "BehaviorCloning",
-    "DiffusionPolicy",
-    "Normalizer",
-    "Policy",
-    "PolicyProcessor",
-]
+_MODULE_OF = {
+    "ACT": "act",
+    "BehaviorCloning": "behavior_cloning",
+    "DiffusionPolicy": "diffusion",
+    "Episode": "rollouts",
+    "Normalizer": "normalization",
+    "Policy": "policy",
+    "PolicyProcessor": "policy",
+    "Reach": "samples",
+    "RolloutError": "environment_pool",
+    "RolloutEvaluation": "rollout_evaluation",
+    "RolloutEvaluationConfig": "rollout_evaluation",
+    "RolloutResult": "rollouts",
+    "export_policy": "pretrained",
+    "load_policy": "pretrained",
+    "rollout": "rollouts",
+    "save_policy": "pretrained",
+}
+
+__all__ = sorted(_MODULE_OF)
+
+if TYPE_CHECKING:
+    from robo_orchard_lab.policy.act import ACT as ACT
+    from robo_orchard_lab.policy.behavior_cloning import BehaviorCloning as BehaviorCloning
+    from robo_orchard_lab.policy.diffusion import DiffusionPolicy as DiffusionPolicy
+    from robo_orchard_lab.policy.environment_pool import RolloutError as RolloutError
+    from robo_orchard_lab.policy.normalization import Normalizer as Normalizer
+    from robo_orchard_lab.policy.policy import Policy as Policy
+    from robo_orchard_lab.policy.policy import PolicyProcessor as PolicyProcessor
+    from robo_orchard_lab.policy.pretrained import export_policy as export_policy
+    from robo_orchard_lab.policy.pretrained import load_policy as load_policy
+    from robo_orchard_lab.policy.pretrained import save_policy as save_policy
+    from robo_orchard_lab.policy.rollout_evaluation import RolloutEvaluation as RolloutEvaluation
+    from robo_orchard_lab.policy.rollout_evaluation import (
+        RolloutEvaluationConfig as RolloutEvaluationConfig,
+    )
+    from robo_orchard_lab.policy.rollouts import Episode as Episode
+    from robo_orchard_lab.policy.rollouts import RolloutResult as RolloutResult
+    from robo_orchard_lab.policy.rollouts import rollout as rollout
+    from robo_orchard_lab.policy.samples import Reach as Reach
+else:
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # later look-ups bypass this function
+        return value

@@ -17,8 +17,10 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.hooks.save_model import CONFIG_FILE, WEIGHTS_FILE, config_json
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
+from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.run.durable import remove_leftovers
 from robo_orchard_lab.pipeline.run.run_path import RunPath
@@ -107,6 +109,9 @@ class KeepBest(PipelineHooks):
     Weights that can't be written, as on a full disk, stay in host memory until there is room, or
     until a better value; the run ends with an error if there is no room at its end.
 
+    A file named ``model.safetensors`` gets the model's ``config.json`` next to it, as of
+    ``SaveModel``: ``load_policy`` and ``from_pretrained`` read the folder.
+
     A new run overwrites the file of an earlier one. A resumed run reads the file first: weights
     saved after the resumed checkpoint stay if their value is better.
 
@@ -137,6 +142,8 @@ class KeepBest(PipelineHooks):
         super().__init__()
         self.cfg = cfg
         self._best = BestValue(cfg.mode, cfg.min_delta)
+        if cfg.path.name == WEIGHTS_FILE:
+            self.declare_effects(changes=["files"])
         self._is_resumed = False
         self.register_for_loop(self._begin)
         if (weights := cfg.weights) is not None:  # refuses unknown weights before the first step
@@ -156,6 +163,12 @@ class KeepBest(PipelineHooks):
         if args.accelerator.is_main_process:
             self._check_folder(args.run.locate(self.name, "path"))
             remove_leftovers(self.cfg.path)
+            if self.cfg.path.name == WEIGHTS_FILE:
+                config = config_json(plain_model(args.run), self.name)
+                if config is not None:
+                    args.run.write_file(
+                        self.cfg.path.with_name(CONFIG_FILE), config.encode(), self.name
+                    )
         if self._is_resumed:
             self._is_resumed = False
             self._compare_with_file(args)
@@ -192,6 +205,7 @@ class KeepBest(PipelineHooks):
                 by=self.name,
                 weights=cfg.weights,
                 metadata={
+                    "format": "pt",  # required by transformers
                     "monitor": cfg.monitor,
                     "mode": cfg.mode,
                     "value": repr(found.value),
@@ -238,7 +252,8 @@ class KeepBestConfig(PipelineHooksConfig[KeepBest]):
     monitor: str = Field(description="Metric name, such as 'eval/val/loss'.")
     mode: Mode = Field(description="Best value: the smallest ('min') or the largest ('max').")
     path: Annotated[Path, RunPath()] = Field(
-        description="File to write, *.safetensors; its folder is created."
+        description="File to write, *.safetensors; its folder is created. A model.safetensors gets "
+        "the model's config.json next to it."
     )
     min_delta: float = Field(
         default=0.0, ge=0, description="Least improvement; a smaller one does not count."
