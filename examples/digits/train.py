@@ -161,6 +161,7 @@ def main() -> None:
         ("best weights", workspace / "best.safetensors"),
         ("configuration", workspace / "config.json"),
         ("metrics", workspace / "metrics.jsonl"),
+        ("report", workspace / "report.html"),
         ("for TensorBoard", workspace / "tensorboard"),
         ("images", images),
     ):

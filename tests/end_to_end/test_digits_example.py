@@ -16,6 +16,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import to_tensor
 
 from launching import launch
+from run_folders import Page
 
 TRAIN = Path(__file__).resolve().parents[2] / "examples" / "digits" / "train.py"
 
@@ -35,6 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """Return the folder of a run with the default configuration, and the printed accuracy."""
     folder = tmp_path_factory.mktemp("digits")
     finished = _train(folder)
+    assert str(folder / "workspace" / "digits" / "report.html") in finished.stdout
     return folder, _accuracy(finished.stdout)
 
 
@@ -78,6 +80,19 @@ def test_random_images_run_in_seconds(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "workspace" / "digits" / "config.json").read_text("utf-8"))
     assert (kept["batch_size"], kept["dataset"]["dummy_train_imgs"]) == (8, 16)
     assert not (tmp_path / "workspace" / "digits" / "images").exists()
+
+
+def test_the_example_ends_with_a_report(trained: tuple[Path, float]) -> None:
+    """The page has curves, an evaluation for each epoch, and sample predictions."""
+    report = trained[0] / "workspace" / "digits" / "report.html"
+    [story] = Page(report.read_text()).data["runs"]
+    assert {"loss/total", "train/accuracy", "eval/val/accuracy", "lr/group0"} <= {*story["series"]}
+    assert len(story["evaluations"]["rows"]) == 5
+    assert {(item["name"], item["kind"]) for item in story["media"]} == {
+        ("samples", "image"),
+        ("samples/labels", "table"),
+    }
+    assert (story["verdict"]["state"], story["problems"]) == ("completed", [])
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:

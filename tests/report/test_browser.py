@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launching import launch
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.report.page import render
 from run_folders import HOSTILE, record, train, write_metrics
@@ -29,6 +30,7 @@ webdriver = pytest.importorskip(
     "selenium.webdriver", reason="Selenium is missing: pip install selenium"
 )
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "digits" / "train.py"
 LONGEST_S = 60
 AXE = Path(sys.prefix, "browser", "node_modules", "axe-core", "axe.min.js")  # in .venv
 AXE = Path(os.environ.get("AXE_CORE", AXE))
@@ -101,12 +103,32 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["run", "hostile", "comparison"])
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run folder of the digits example, with few random images."""
+    folder = tmp_path_factory.mktemp("digits")
+    few = ("--dataset.dummy_train_imgs", "32", "--dataset.dummy_val_imgs", "8", "--batch_size", "4")
+    options = ("--dataset.pipeline_test", "true", *few, "--max_epoch", "2")
+    launch(EXAMPLE, *options, processes=1, folder=folder, timeout_s=600)
+    return folder / "workspace" / "digits"
+
+
+@pytest.fixture(params=["run", "digits", "hostile", "comparison"])
 def page(
-    request: pytest.FixtureRequest, browser: Any, recorded: Path, hostile: Path, tmp_path: Path
+    request: pytest.FixtureRequest,
+    browser: Any,
+    recorded: Path,
+    digits: Path,
+    hostile: Path,
+    tmp_path: Path,
 ) -> Any:
-    """Return the browser with a page of a real run, of hostile files, or of both."""
-    folders = {"run": [recorded], "hostile": [hostile], "comparison": [recorded, hostile]}
+    """Return the browser with a page of a run, the example, hostile files, or a comparison."""
+    folders = {
+        "run": [recorded],
+        "digits": [digits],
+        "hostile": [hostile],
+        "comparison": [recorded, hostile],
+    }
     return opened(browser, tmp_path, folders[request.param])
 
 

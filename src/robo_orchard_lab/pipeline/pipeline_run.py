@@ -140,6 +140,8 @@ class PipelineRun:
     """Function that returns the place of a hook's or a part's setting, for messages."""
     take_snapshot: Callable[[], Snapshot] = _no_snapshot
     """Function that collects the state for a checkpoint. All ranks call it at a commit point."""
+    describe: Callable[[], Mapping[str, Any]] = dict
+    """Function that describes configuration, command, versions and git state, as plain data."""
     should_defer_saves: Callable[[], bool] = lambda: False
     """Function that returns True within an accumulation window of a sharded model, until whose end
     saves and stops wait."""

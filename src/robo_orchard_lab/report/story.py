@@ -43,6 +43,7 @@ from robo_orchard_lab.report.series import (
 )
 
 _TRACE = "trace.json"
+_ENVIRONMENT = "environment.json"  # of a script; by the hook Report
 _MAX_STARTS = 100
 _MAX_CHECKPOINTS = 200
 _MAX_EVENTS_OF_A_KIND = 300
@@ -106,7 +107,7 @@ def read_story(folder: Path, points: int = MAX_POINTS) -> dict[str, Any]:
     verdict = read_verdict(folder, state)
     if metrics.last_step is not None and metrics.last_step > (verdict["steps"] or 0):
         verdict["steps"], verdict["epochs"] = metrics.last_step, metrics.last_epoch
-    environment = _environment(starts, checkpoints)
+    environment = _environment(starts, read_object(folder / _ENVIRONMENT, problems), checkpoints)
     for checkpoint in checkpoints:
         del checkpoint["metadata"]
     return {
@@ -257,10 +258,12 @@ def _has_changes(git: Mapping[str, Any]) -> bool:
 
 
 def _environment(
-    starts: list[tuple[str, dict[str, Any]]], checkpoints: list[dict[str, Any]]
+    starts: list[tuple[str, dict[str, Any]]],
+    script: dict[str, Any],
+    checkpoints: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Describe command, host, versions and git state of the newest start or checkpoint."""
-    metadata = mapping(checkpoints[-1]["metadata"]) if checkpoints else {}
+    metadata = script or (mapping(checkpoints[-1]["metadata"]) if checkpoints else {})
     found = starts[-1][1] if starts and starts[-1][1] else metadata
     git = mapping(found.get("git"))
     return {
@@ -293,7 +296,7 @@ def _configuration(
     starts: list[tuple[str, dict[str, Any]]],
     environment: dict[str, Any],
 ) -> list[dict[str, str]]:
-    """List values with their sources; for a script, the configuration of its last checkpoint."""
+    """List values with their sources; for a script, the configuration that its run recorded."""
     values = config.values
     described = environment.pop("configuration")
     if not values and described:

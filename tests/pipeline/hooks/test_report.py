@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
+import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.hooks import ReportConfig
@@ -67,6 +72,20 @@ def test_a_report_appears_during_the_run(tmp_path: Path) -> None:
         "completed",
         14,
     )
+
+
+def test_the_report_of_a_script_has_its_environment(tmp_path: Path) -> None:
+    """Without an experiment file and a checkpoint, the report has command, versions and hooks."""
+    train(tmp_path, {"report": ReportConfig(), "checkpoint": PipelineHooks("none")})
+    found = story(tmp_path)
+    environment = found["environment"]
+    assert environment["command"] == shlex.join(sys.orig_argv)
+    assert environment["versions"]["torch"] == torch.__version__
+    assert (environment["host"], environment["folder"]) == (socket.gethostname(), os.getcwd())
+    values = {item["path"]: item["value"] for item in found["configuration"]}
+    assert values["optimizer.class"] == "torch.optim.sgd:SGD"
+    assert values["hooks.log.every"] == "1 step"
+    assert found["problems"] == []
 
 
 def test_a_run_removes_temporary_files_of_a_killed_run(tmp_path: Path) -> None:

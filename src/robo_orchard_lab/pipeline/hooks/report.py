@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -18,12 +20,14 @@ from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
-from robo_orchard_lab.pipeline.run.durable import remove_leftovers
+from robo_orchard_lab.pipeline.run.durable import make_folder, remove_leftovers, replace_file
 from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 
 logger = job_logger(__name__)
 
 REPORT_FILE = "report.html"
+ENVIRONMENT_FILE = "environment.json"
+"""Command, versions, git state and configuration of a run that a script started."""
 _WAIT_S = 30.0  # for a report at the end of the run; another one then goes on by itself
 _NICENESS = 10
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -82,8 +86,20 @@ class Report(PipelineHooks):
         elif self._folder is not None:
             with suppress(OSError):  # writing reports the error
                 remove_leftovers(self._path)
+            if not (self._folder / "starts").is_dir():  # the records of an experiment file
+                self._write_environment(args)
             run.state_file.at_end[self.name] = self._finish
         return RemovableHandle(lambda: None)
+
+    def _write_environment(self, args: PipelineHookArgs) -> None:
+        assert self._folder is not None
+        found = {"host": socket.gethostname(), "folder": os.getcwd(), **args.run.describe()}
+        path = self._folder / ENVIRONMENT_FILE
+        try:
+            make_folder(self._folder)
+            replace_file(path, json.dumps(found, indent=1).encode() + b"\n")
+        except OSError as error:
+            self._writes.failed(f"writing {path}", error, "the run continues")
 
     def _update(self, args: PipelineHookArgs) -> None:
         if self._folder is None or args.progress.global_step_id == self._first_step:

@@ -47,6 +47,7 @@ from robo_orchard_lab.pipeline.plan_file import write_plan
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.retried_write import OutputFile
+from robo_orchard_lab.pipeline.run.run_info import describe_run
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile
 from robo_orchard_lab.pipeline.trainer import setup
 from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, padding_step
@@ -348,6 +349,7 @@ class HookBasedTrainer(EvaluationMethods):
         elif self._optimizer_hook is not None:
             self._optimizer_hook.before_first_update(self._replicas.check_gradients)
         self._run.take_snapshot = self._snapshots.take
+        self._run.describe = partial(describe_run, self._run, self.hooks)
         self._run.should_defer_saves = self._has_unreduced_gradients
 
         channel = self.hooks.get_channel  # looked up once: the step path calls these

@@ -637,8 +637,8 @@
     const values = run.configuration;
     if (!values.length && !run.base && !run.changes.length) return null;
     const sourced = values.some((v) => v.from);
-    const rows = values.map((v) => ({ class: sourced && !v.from ? "default" : "", cells: [{ content: el("code", {}, v.path), class: "short" }, { content: el("code", {}, v.value), class: "long" }, { content: v.from || (sourced ? "default" : ""), class: "soft" }] }));
-    const body = table(["field", "value", "from"], rows, "Configuration", true);
+    const rows = values.map((v) => ({ class: sourced && !v.from ? "default" : "", cells: [{ content: el("code", {}, v.path), class: "short" }, { content: el("code", {}, v.value), class: "long" }, ...(sourced ? [{ content: v.from || "default", class: "soft" }] : [])] }));
+    const body = table(["field", "value", ...(sourced ? ["from"] : [])], rows, "Configuration", true);
     const toggle = sourced && el("button", { class: "tool", type: "button", "aria-pressed": "true", onclick: (event) => {
       const hide = event.currentTarget.getAttribute("aria-pressed") !== "true";
       event.currentTarget.setAttribute("aria-pressed", String(hide));
