@@ -41,7 +41,7 @@ END
 # Resolve the project's requirements. Arguments go to `uv pip compile`.
 resolve() {
     "$work/venv/bin/uv" --directory "$work" pip compile pyproject.toml --quiet \
-        --python-version 3.11 --no-header --no-annotate --extra vision --extra metaworld --extra viewer \
+        --python-version 3.11 --no-header --no-annotate --extra vision --extra metaworld --extra viewer --extra onnx \
         "$@"
 }
 

@@ -49,6 +49,18 @@ class CommandError(Exception):
         self.exit_code = exit_code
 
 
+def check_target(path: Path, *, force: bool) -> None:
+    """Refuse a file to write that exists, unless ``force``, or whose folder is missing.
+
+    Raises:
+        CommandError: With the remedy.
+    """
+    if os.path.lexists(path) and not force:
+        raise CommandError(f"{path} already exists", "--force replaces it")
+    if not path.parent.is_dir():
+        raise CommandError(f"there is no folder {path.parent}")
+
+
 def exit_code_of(error: BaseException) -> int:
     """Return the exit code for an error; `RunPreempted` and similar errors have a code."""
     match error:

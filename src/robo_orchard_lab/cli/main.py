@@ -39,6 +39,7 @@ COMMANDS = {
         "evaluate": ("Evaluate the saved weights of a run.", f"{_COMMANDS}.train:evaluate"),
         "test": ("Evaluate the saved weights on test sets.", f"{_COMMANDS}.train:test"),
         "predict": ("Write a model's outputs for each sample.", f"{_COMMANDS}.train:predict"),
+        "export": ("Export the model by torch.export or to ONNX.", f"{_COMMANDS}.train:export"),
         "prove-resume": ("Prove that a run resumes exactly.", f"{_COMMANDS}.train:prove_resume"),
         "report": ("Write the HTML report of runs.", f"{_COMMANDS}.report:report"),
         "runs": ("List runs with state and best metric.", f"{_COMMANDS}.report:runs"),

@@ -135,6 +135,20 @@ def predict(
         StateError: The weights belong to another model.
         BatchProcessorError: The outputs have no row for each sample.
     """
+    with evaluating(experiment, saved, data, weights=weights, max_batches=max_batches) as (_, one):
+        return one.predict()[data]
+
+
+@contextmanager
+def evaluating(
+    experiment: ExperimentConfig,
+    saved: SavedWeights,
+    data: str,
+    *,
+    weights: str | None,
+    max_batches: int | None,
+) -> Iterator[tuple[PipelineHookArgs, Evaluator]]:
+    """Build the model with saved weights, and an evaluator of one set; see :func:`predict`."""
     with experiment.located(), fail_together():
         path, described = _find_set(experiment, data)
         accelerator = _make_accelerator(experiment)
@@ -145,15 +159,17 @@ def predict(
         with building(*path):
             loader = make_loader(described)
         with _loaded(experiment, saved, keepers, accelerator) as args, args.run.applied(weights):
-            evaluator = Evaluator(
-                args.model,
-                args.batch_processor,
-                {data: loader},
-                accelerator=accelerator,
-                max_batches=max_batches,
-                who="predict",
+            yield (
+                args,
+                Evaluator(
+                    args.model,
+                    args.batch_processor,
+                    {data: loader},
+                    accelerator=accelerator,
+                    max_batches=max_batches,
+                    who="predict",
+                ),
             )
-            return evaluator.predict()[data]
 
 
 def _make_accelerator(experiment: ExperimentConfig) -> Accelerator:

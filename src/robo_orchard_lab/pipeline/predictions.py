@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -129,11 +130,12 @@ class Predictions:
     # --- files -------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write a file by its suffix, atomically: ``.jsonl``, ``.npz`` or ``.safetensors``.
+        """Write a file by its suffix: ``.jsonl``, ``.npz``, ``.parquet`` or ``.safetensors``.
 
-        JSON lines have an object for each sample; NaN and infinities are texts. The other files
-        have an array for each output. All have the samples' indices as ``index``. bfloat16 becomes
-        float32 in ``.npz``.
+        The file is replaced atomically. JSON lines have an object for each sample; NaN and
+        infinities are texts. Parquet has a column for each output, with lists for arrays; the
+        other files have an array for each output. All have the samples' indices as ``index``.
+        bfloat16 becomes float32 in ``.npz`` and ``.parquet``.
 
         Raises:
             PipelineConfigError: an unknown suffix, or an output that is no array, such as text.
@@ -160,6 +162,31 @@ class Predictions:
                 arrays[name] = self._array(name, column, "biufU")
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
+        return buffer.getvalue()
+
+    def _to_parquet(self) -> bytes:
+        import pyarrow as pa  # type: ignore[import-untyped]  # has no stubs
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+        columns: dict[str, Any] = {INDEX: pa.array(self.indices, pa.int64())}
+        for name, column in self.outputs.items():
+            if isinstance(column, torch.Tensor):
+                is_unknown = column.dtype is torch.bfloat16
+                array = (column.float() if is_unknown else column).contiguous().numpy()
+                flat = pa.array(array.reshape(-1))
+                for size in reversed(array.shape[1:]):
+                    flat = pa.FixedSizeListArray.from_arrays(flat, size)
+                columns[name] = flat
+                continue
+            try:
+                columns[name] = pa.array([_plain(row, keep_nan=True) for row in column])
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise PipelineConfigError(
+                    f"the output {name!r} has rows of different types, which Parquet can't hold: "
+                    f"{error}; write a .jsonl file"
+                ) from error
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns), buffer)
         return buffer.getvalue()
 
     def _to_safetensors(self) -> bytes:
@@ -190,6 +217,7 @@ class Predictions:
 _FORMATS: dict[str, Callable[[Predictions], bytes]] = {
     ".jsonl": Predictions._to_jsonl,
     ".npz": Predictions._to_npz,
+    ".parquet": Predictions._to_parquet,
     ".safetensors": Predictions._to_safetensors,
 }
 
@@ -198,12 +226,17 @@ def check_suffix(path: Path) -> Callable[[Predictions], bytes]:
     """Return the function that encodes a file by its suffix.
 
     Raises:
-        PipelineConfigError: the suffix is unknown.
+        PipelineConfigError: the suffix is unknown, or a package is missing.
     """
     if path.suffix not in _FORMATS:
         raise PipelineConfigError(
             f"expected a file ending in {', '.join(_FORMATS)}, found {str(path)!r}; choose one of "
             "these endings"
+        )
+    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise PipelineConfigError(
+            "a .parquet file requires pyarrow, which is not installed; "
+            'pip install "robo-orchard-hooks[robotics]"'
         )
     return _FORMATS[path.suffix]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,7 +14,7 @@ import click
 
 from robo_orchard_core.utils.logging import one_line
 from robo_orchard_lab.cli.commands import CommandGroup
-from robo_orchard_lab.cli.errors import CommandError, ExitCode
+from robo_orchard_lab.cli.errors import CommandError, ExitCode, check_target
 from robo_orchard_lab.cli.output import (
     age_text,
     bytes_text,
@@ -231,7 +230,7 @@ def export(path: str, file: str, best: bool, force: bool, as_json: bool) -> None
 
     PATH is a checkpoint, or the folder of a run, for its newest intact checkpoint. FILE is
     model.safetensors by default; `safetensors.torch.load_file` reads it, with the parameter names
-    of the plain model. Sharded weights are merged.
+    of the plain model. Sharded weights are merged. `robo-orchard-lab export` writes the model.
     """
     from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint import export_weights
@@ -239,10 +238,7 @@ def export(path: str, file: str, best: bool, force: bool, as_json: bool) -> None
     target = Path(file)
     if target.suffix != ".safetensors":
         raise CommandError(f"expected a name that ends in .safetensors, found {file!r}")
-    if os.path.lexists(target) and not force:
-        raise CommandError(f"{target} already exists", "--force replaces it")
-    if not target.parent.is_dir():
-        raise CommandError(f"there is no folder {target.parent}")
+    check_target(target, force=force)
     found = find_checkpoints(path).pick(best=best)
     export_weights(found, target)
     if as_json:

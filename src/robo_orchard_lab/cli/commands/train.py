@@ -1,4 +1,4 @@
-"""Commands ``train``, ``resume``, ``evaluate``, ``test``, ``predict`` and ``prove-resume``."""
+"""Commands that train or use the weights of a run, and ``prove-resume``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from robo_orchard_lab.cli import training
-from robo_orchard_lab.cli.errors import CommandError, ExitCode
+from robo_orchard_lab.cli.errors import CommandError, ExitCode, check_target
 from robo_orchard_lab.cli.experiment_arguments import (
     FILE_SUFFIXES,
     ExperimentArguments,
@@ -19,7 +19,14 @@ from robo_orchard_lab.cli.experiment_arguments import (
     allow_option,
     file_argument,
 )
-from robo_orchard_lab.cli.output import count_text, json_option, note, print_json, print_table, say
+from robo_orchard_lab.cli.output import (
+    count_text,
+    json_option,
+    note,
+    print_json,
+    print_table,
+    say,
+)
 from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, run_config_file
 
 if TYPE_CHECKING:
@@ -220,7 +227,7 @@ def test(
     "--out",
     required=True,
     type=click.Path(path_type=Path, dir_okay=False),
-    help="File to write: .jsonl, .npz or .safetensors.",
+    help="File to write: .jsonl, .npz, .parquet or .safetensors.",
 )
 @click.option(
     "--weights", metavar="HOOK", help="Hook whose weights to use, such as EMA, not the model's own."
@@ -255,6 +262,80 @@ def predict(
         predictions.save(out)
         names = ", ".join(predictions.outputs)
         say(f"{out}: {names} of {count_text(len(predictions), 'sample')} by {saved.path}")
+
+
+@click.command("export", cls=ExperimentCommand)
+@_run_or_file
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["torch-export", "onnx"]),
+    required=True,
+    help="Format of the file.",
+)
+@click.option(
+    "--data",
+    required=True,
+    metavar="NAME",
+    help="Set of data.evaluation or data.test, or `train`, whose first batch has the inputs.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write; model.pt2 or model.onnx by default.",
+)
+@click.option(
+    "--weights", metavar="HOOK", help="Hook whose weights to use, such as EMA, not the model's own."
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=1e-5,
+    show_default=True,
+    help="Largest absolute and relative difference from the outputs of the live model.",
+)
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
+@_with(_weights_options[0], json_option)
+def export(
+    run_or_file: str,
+    experiment: ExperimentArguments,
+    format_: Literal["torch-export", "onnx"],
+    data: str,
+    out: Path | None,
+    weights: str | None,
+    tolerance: float,
+    force: bool,
+    best: bool,
+    as_json: bool,
+) -> None:
+    """Export a run's model without the training code, with a dynamic batch size.
+
+    \b
+      robo-orchard-lab export runs/spirals --format torch-export --data val
+      robo-orchard-lab export runs/spirals --format onnx --data val --out spirals.onnx --best
+
+    The inputs are those with which the batch processor calls the model for the first batch of the
+    set. The outputs are compared with those of the live model, for several batch sizes, before the
+    file is written. `torch.export.load` or ONNX Runtime runs the file.
+    """
+    from robo_orchard_lab.experiment.model_export import SUFFIXES, check_packages, export_model
+
+    check_packages(format_)
+    out = out or Path(f"model{SUFFIXES[format_]}")
+    if out.suffix != SUFFIXES[format_]:
+        raise CommandError(f"expected a name that ends in {SUFFIXES[format_]}, found {str(out)!r}")
+    check_target(out, force=force)
+    config, saved = _load_weights(run_or_file, experiment, best)
+    exported = export_model(
+        *(config, saved, out), format=format_, data=data, weights=weights, tolerance=tolerance
+    )
+    if as_json:
+        print_json({**asdict(exported), "path": str(exported.path)})
+        return
+    shapes = ", ".join(str(shape) for shape in exported.inputs)
+    sizes = ", ".join(map(str, exported.batch_sizes))
+    say(f"wrote {out}: inputs {shapes}, -1 for the batch")
+    say(f"  largest difference from the live model {exported.difference:.2g}, batches of {sizes}")
 
 
 def _load_weights(
