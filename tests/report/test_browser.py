@@ -83,8 +83,17 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines += [record(s, long=rng.gauss(0, 1)) for s in range(42, 20_042)]
     folder = write_metrics(tmp_path_factory.mktemp("hostile") / "run", lines)
     hook = {"hook": "<script>alert(1)</script>", "class_name": HOSTILE, "when": "1 step"}
-    plan = [{"channel": channel, **hook} for channel in ("on_step", "on_epoch", HOSTILE)]
-    (folder / "plan.json").write_text(json.dumps({"hooks": plan}))
+    effects = {"reads": [HOSTILE, "x" * 300], "changes": [], "before": f"{HOSTILE}/a.py:1"}
+    channels = ("on_step", "on_epoch", HOSTILE)
+    plan = [{"channel": channel, **hook, **effects} for channel in channels]
+    changes = [{"what": HOSTILE, "before": "y" * 400, "after": HOSTILE}]
+    resumes = [{"step": 3, "changes": changes}]
+    (folder / "plan.json").write_text(json.dumps({"hooks": plan, "resumes": resumes}))
+    times = {"calls": 3, "first_s": 1e-3, "self_s": 0.5, "share": 0.5, "phase": "before"}
+    costs = [{**each, **times} for each in plan]
+    stages = {HOSTILE: {"step_s": 1.0, "share": 3.0}, "z" * 80: {"step_s": 1e-7, "share": 0}}
+    profile = {"steps": 2, "step_seconds": 0.5, "hooks": costs, "stages": stages}
+    (folder / "profile.json").write_text(json.dumps(profile))
     events = [{"event": kind, "step": 3, "text": HOSTILE} for kind in ("warning", HOSTILE)]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     error = {"type": "RuntimeError", "message": HOSTILE * 20, "hook": HOSTILE, "rank": 3}
@@ -238,6 +247,32 @@ def test_charts_work_with_the_mouse(browser: Any, recorded: Path, tmp_path: Path
     assert all(0.2 < now / before < 0.3 for now, before in zip(zoomed, complete, strict=True))
     chains(page).double_click(plot).perform()
     assert page.execute_script(spans) == complete
+
+
+def test_hooks_have_effects_and_costs(browser: Any, recorded: Path, tmp_path: Path) -> None:
+    """The tree shows what a hook reads, changes and requests, once, and its time in a step."""
+    folder = Path(shutil.copytree(recorded, tmp_path / "run", symlinks=True))
+    times = {"calls": 14, "first_s": 1e-3, "self_s": 2.6e-3, "total_s": 2.6e-3, "share": 0.1}
+    cost = {"channel": "on_step", "position": 2, "hook": "losses", "phase": "after", **times}
+    stages = {"forward": {"step_s": 1e-3, "share": 0.5}}
+    profile = {"steps": 13, "step_seconds": 2e-3, "stages": stages, "hooks": [cost]}
+    (folder / "profile.json").write_text(json.dumps(profile))
+    opened(browser, tmp_path, [folder])
+    section = browser.find_element("id", "hooks")
+    items = [" ".join(li.text.split()) for li in section.find_elements("css selector", "li")]
+    mine = [text for text in items if text.startswith("losses ")]
+    assert [text for text in mine if "reads loss, losses, loss_weight changes metrics" in text] == [
+        mine[0]
+    ]
+    [measured] = [text for text in items if "a step" in text]
+    assert measured.startswith("losses LossTracker after robo_orchard_lab/.../loss_tracker.py:")
+    assert measured.endswith("200.0 µs a step, 10.0 %")
+    summaries = [each.text for each in section.find_elements("css selector", "summary")]
+    assert [" ".join(text.split()) for text in summaries][:3] == [
+        f"{channel} 200.0 µs a step, 10.0 %" for channel in ("on_loop", "on_epoch", "on_step")
+    ]
+    table = section.find_element("css selector", "table").text
+    assert "forward 1.00 ms 50.0 %" in table
 
 
 def test_costs_are_in_collapsed_groups(browser: Any, tmp_path: Path) -> None:

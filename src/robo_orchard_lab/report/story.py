@@ -32,6 +32,7 @@ from robo_orchard_lab.report.files import (
     whole,
 )
 from robo_orchard_lab.report.media import read_media
+from robo_orchard_lab.report.plan import read_plan
 from robo_orchard_lab.report.series import (
     MAX_POINTS,
     Metrics,
@@ -128,7 +129,7 @@ def read_story(folder: Path, points: int = MAX_POINTS) -> dict[str, Any]:
             for change in items(start.get("changes"))[:200]
         ],
         "environment": environment,
-        "plan": _plan(folder, problems),
+        **read_plan(folder, problems),
         "trace": _trace(folder),
         "media": read_media(folder, problems),
         "problems": [*problems],
@@ -407,7 +408,7 @@ def _checkpoint(path: Path, links: list[str]) -> dict[str, Any]:
     }
 
 
-# --- events, plan and evaluations ------------------------------------------------------------
+# --- events and evaluations ------------------------------------------------------------------
 
 
 def read_events(folder: Path, problems: Problems) -> list[dict[str, Any]]:
@@ -458,16 +459,6 @@ def _events(
         at = utc_time(start.get("started_at"))
         derived.append({"at": at, "event": kind, "step": None, "text": f"start {name}"})
     return sorted(derived, key=lambda event: event["at"] or "")
-
-
-def _plan(folder: Path, problems: Problems) -> list[dict[str, Any]]:
-    """Read plan.json: the hooks of each channel, the outermost first."""
-    document = read_object(folder / "plan.json", problems)
-    names = ("channel", "hook", "class_name", "when", "before", "after")
-    return [
-        {name: text(mapping(hook).get(name), limit=500) for name in names}
-        for hook in items(document.get("hooks"))[:2000]
-    ]
 
 
 def _trace(folder: Path) -> dict[str, Any] | None:

@@ -81,9 +81,12 @@
     return iso ? `${iso.slice(0, 10)} ${iso.slice(11, 19)}` : "";
   }
 
+  // As short_location in Python.
   function source(path) {
-    const at = path.lastIndexOf("/robo_orchard_lab/");
-    return at >= 0 ? path.slice(at + 1) : path;
+    const parts = path.split("/");
+    const at = Math.max(parts.lastIndexOf("robo_orchard_lab"), parts.lastIndexOf("robo_orchard_core"), parts.lastIndexOf("site-packages") + 1 || -1);
+    if (at < 0) return path;
+    return parts.length - at > 2 ? `${parts[at]}/.../${parts.at(-1)}` : parts.slice(at).join("/");
   }
 
   function count(n, noun) {
@@ -598,33 +601,93 @@
   // Parents in PIPELINE_CHANNELS.
   const NESTING = { on_epoch: "on_loop", on_step: "on_epoch", on_batch: "on_step", on_model_forward: "on_batch", on_model_backward: "on_batch", on_optimizer_step: "on_step", on_evaluation: "on_loop" };
 
+  // Times of HookProfiler are short, and many.
+  function brief(seconds) {
+    for (const [unit, size] of [["s", 1], ["ms", 1e-3]]) if (seconds >= size) return `${(seconds / size).toPrecision(3)} ${unit}`;
+    return `${(seconds / 1e-6).toFixed(1)} µs`;
+  }
+
+  function percent(share) {
+    return `${(100 * share).toFixed(share < 0.1 ? 2 : 1)} %`;
+  }
+
+  function costTag(hook, profile) {
+    const cost = hook.cost;
+    if (!cost || !profile) return null;
+    const high = cost.share >= 0.02 && !/Optimizers?Hook$/.test(hook.class_name);
+    const title = `${count(cost.calls, "call")}, the first in ${brief(cost.first_s)}; its own time, without the channels that it opens`;
+    return el("span", { class: high ? "cost high" : "cost", title }, `${brief(cost.self_s / profile.steps)} a step, ${percent(cost.share)}`);
+  }
+
+  // Where a hook appears first: what it reads, changes and requests.
+  function effects(hook) {
+    const names = ["reads", "changes", "requests"];
+    if (names.every((name) => hook[name] === null)) return el("span", { class: "effects soft" }, "reads, changes, requests: not declared");
+    const parts = names.filter((name) => hook[name] === null || hook[name].length).map((name) =>
+      el("span", {}, el("strong", {}, name), ` ${hook[name] === null ? "not declared" : hook[name].join(", ")}`));
+    return el("span", { class: "effects" }, parts.length ? parts : "reads, changes and requests nothing");
+  }
+
+  function sourceOf(hook) {
+    const [before, after] = [hook.before, hook.after].map(source);
+    const [file, line] = [before.slice(0, before.lastIndexOf(":") + 1), after.slice(after.lastIndexOf(":") + 1)];
+    if (before && after) return `before, after ${before === after ? before : file && after.startsWith(file) ? `${before}, ${line}` : `${before}, ${after}`}`;
+    return before ? `before ${before}` : `after ${after}`;
+  }
+
+  function profileTable(profile) {
+    if (!profile || !profile.stages.length) return null;
+    const rows = profile.stages.map((stage) => {
+      const bar = el("span", { class: "bar" });
+      bar.style.width = `${Math.min(100, 100 * (stage.share || 0))}%`;
+      return [{ content: stage.name.replaceAll("_", " "), class: "short" }, { content: brief(stage.step_s), class: "number" }, { content: percent(stage.share || 0), class: "number" }, { content: bar, class: "bars" }];
+    });
+    const facts = [`${count(profile.steps, "step")} after the first`, profile.step_s !== null && `median ${brief(profile.step_s)}`,
+      profile.first_step_s && `first step ${brief(profile.first_step_s)}`, profile.device_idle_s !== null && `device idle ${brief(profile.device_idle_s)} between two steps`,
+      profile.ranks > 1 && `rank 0 of ${profile.ranks}`].filter(Boolean);
+    return el("div", {}, el("h4", {}, "Time of a step"), el("p", { class: "soft" }, `${facts.join(", ")}; measured by HookProfiler.`),
+      table(["stage", { text: "a step", class: "number" }, { text: "share", class: "number" }, ""], rows, "Time of a step"));
+  }
+
   function hooksSection(run) {
-    if (!run.plan.length) return null;
+    if (!run.plan.length && !run.profile) return null;
     const boxes = new Map();
     const box = (channel) => {
       if (!boxes.has(channel)) {
-        const list = el("ol", {});
-        boxes.set(channel, { list, node: el("details", { class: "channel", open: true }, el("summary", {}, channel), list), used: false });
+        const [list, name] = [el("ol", {}), el("summary", {}, channel)];
+        boxes.set(channel, { list, name, node: el("details", { class: "channel", open: true }, name, list), used: false, share: 0, seconds: 0 });
       }
       return boxes.get(channel);
     };
     for (const channel of ["on_loop", ...Object.keys(NESTING)]) box(channel);
+    const seen = new Set();
     for (const hook of run.plan) {
       const found = box(hook.channel);
       found.used = true;
-      const lines = [hook.before && `before ${source(hook.before)}`, hook.after && `after ${source(hook.after)}`].filter(Boolean);
+      if (hook.cost && run.profile) {
+        for (let channel = hook.channel; channel; channel = NESTING[channel]) {
+          boxes.get(channel).share += hook.cost.share;
+          boxes.get(channel).seconds += hook.cost.self_s / run.profile.steps;
+        }
+      }
       found.list.append(el("li", {}, el("strong", {}, hook.hook), hook.class_name !== hook.hook ? el("span", { class: "soft" }, hook.class_name) : null,
-        hook.when !== "always" ? el("span", { class: "tag" }, hook.when) : null, el("span", { class: "code soft" }, lines.join(", "))));
+        hook.when !== "always" ? el("span", { class: "tag" }, hook.when) : null, el("span", { class: "code soft" }, sourceOf(hook)),
+        costTag(hook, run.profile), seen.has(hook.hook) ? null : effects(hook)));
+      seen.add(hook.hook);
     }
     const top = el("div", {});
     for (const [channel, found] of boxes) {
+      if (found.seconds) found.name.append(el("span", { class: "cost" }, ` ${brief(found.seconds)} a step, ${percent(found.share)}`));
       (boxes.get(NESTING[channel])?.node || top).append(found.node);
     }
     for (const [channel, found] of [...boxes].reverse()) {
       if (!found.used && !found.node.querySelector("li") && channel !== "on_loop") found.node.remove();
       if (!found.list.children.length) found.list.remove();
     }
-    return section("hooks", "Hooks", el("p", { class: "soft" }, "Channels are nested as they run; updates that the batch processor yields or makes itself run inside on_batch. The first hook of a channel is the outermost: its before runs first, its after last."), top);
+    const changes = run.plan_changes.map((c) => [{ content: number(c.step), class: "number" }, { content: el("code", {}, c.what), class: "short" }, { content: c.before, class: "long" }, { content: c.after, class: "long" }]);
+    return section("hooks", "Hooks", profileTable(run.profile),
+      changes.length ? el("div", {}, el("h4", {}, "Changes at resumes"), table([{ text: "after step", class: "number" }, "hook", "before", "after"], changes, "Changes of the hooks", changes.length > 12)) : null,
+      run.plan.length ? [el("p", { class: "soft" }, "Channels are nested as they run; updates that the batch processor yields or makes itself run inside on_batch. The first hook of a channel is the outermost: its before runs first, its after last. Effects are listed where a hook appears first."), top] : null);
   }
 
   function traceSection(run) {
