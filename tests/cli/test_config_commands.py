@@ -103,7 +103,7 @@ def test_each_value_is_shown_with_its_origin(
     assert rows["trainer.max_epoch"] == "command line: --trainer.max_epoch"
     assert rows["trainer.max_step"] == "default"
     assert rows["model.hidden"].startswith("experiment.yaml:")
-    assert rows["hooks.bar.metrics"].startswith("experiment.yaml:")
+    assert rows["hooks.validation.every"].startswith("experiment.yaml:")
     assert rows["hooks.bar.plain"] == "default"
     assert not any(field.startswith("hooks.stats") for field in rows)
 

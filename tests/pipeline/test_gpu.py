@@ -20,6 +20,7 @@ from robo_orchard_lab.pipeline.hooks import (
     LossTrackerConfig,
     MetricsLoggerConfig,
     NonFiniteGuardConfig,
+    ProgressBarHookConfig,
     SaveCheckpointConfig,
     StatsMonitorConfig,
 )
@@ -60,6 +61,19 @@ def test_weights_are_bit_identical_on_a_gpu() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert equal(weights(model), weights(reference))
+
+
+def test_the_progress_bar_waits_for_no_device(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each step shows a loss, one step late, without a synchronization of the GPU."""
+    sync = PipelineHooks()
+    set_mode = torch.cuda.set_sync_debug_mode
+    sync.register_hook(
+        "on_step",
+        HookContext.from_callable(lambda args: set_mode("error"), lambda args: set_mode("default")),
+    )
+    train(make_model(), [sync, ProgressBarHookConfig(refresh_seconds=1e-9)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "step" in line]
+    assert len([line for line in lines if "loss" in line]) >= 7
 
 
 def test_fp16_skips_an_overflow() -> None:

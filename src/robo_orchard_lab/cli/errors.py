@@ -155,14 +155,15 @@ def _location(
     own: Sequence[traceback.FrameSummary],
 ) -> str:
     """Describe the source line of an error, the last line of the user's code, and the hook."""
-    from robo_orchard_core.utils.hook.errors import CONFIGURED_AT, origin_of
+    from robo_orchard_core.utils.hook.errors import CONFIGURED_AT, origin_of, short_location
 
     def line(frame: traceback.FrameSummary) -> str:
         try:
             file = os.path.relpath(frame.filename)
         except (OSError, ValueError):  # the working directory was removed, or is on another drive
             file = os.pardir
-        return f"{frame.filename if file.startswith(os.pardir) else file}:{frame.lineno}"
+        place = f"{frame.filename if file.startswith(os.pardir) else file}:{frame.lineno}"
+        return short_location(place) if _is_library_code(frame.filename) else place
 
     parts = [f"raised at {line(frames[-1])}"] if frames else []
     if own and own[-1] is not frames[-1]:

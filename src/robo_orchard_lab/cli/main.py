@@ -25,6 +25,7 @@ from robo_orchard_lab.cli.output import (
     PROGRAM,
     discard_output,
     is_reader_gone,
+    is_watched,
     note,
     styled,
 )
@@ -118,8 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _start_log(debug: bool) -> None:
     """Log short lines to a terminal; complete lines to a file, in a job, and with ``--debug``."""
-    is_watched = sys.stderr is not None and sys.stderr.isatty() and "WORLD_SIZE" not in os.environ
-    if is_watched and not debug:
+    if is_watched() and not debug:
         log_basic_config(format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
     else:
         log_basic_config()

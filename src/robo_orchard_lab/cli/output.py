@@ -59,6 +59,11 @@ def shows_style(stream: TextIO) -> bool:
     return stream.isatty() and not is_plain
 
 
+def is_watched() -> bool:
+    """Return True if standard error is a terminal, and the process is not one of a job."""
+    return sys.stderr is not None and sys.stderr.isatty() and "WORLD_SIZE" not in os.environ
+
+
 def is_reader_gone() -> bool:
     """Return True if the reader of standard output ended, as after ``| head``."""
     try:

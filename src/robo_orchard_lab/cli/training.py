@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from robo_orchard_lab.cli.output import (
     PROGRAM,
     bytes_text,
     count_text,
+    is_watched,
     note,
     print_json,
     print_table,
     say,
+    styled,
     table_lines,
 )
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from robo_orchard_lab.experiment.existing_run import ExistingRun
     from robo_orchard_lab.experiment.parts import ResumeEffect
     from robo_orchard_lab.experiment.resume_diff import Difference
+    from robo_orchard_lab.pipeline import HookBasedTrainer
 
 _VALUE_LENGTH = 60  # characters of a value in a table
 
@@ -170,6 +174,7 @@ def train(
     *,
     resume_from: Path | None = None,
     as_json: bool = False,
+    is_quiet: bool = False,
 ) -> None:
     """Train an experiment; the first rank reports the result and the next commands.
 
@@ -179,11 +184,14 @@ def train(
         start: result of :func:`check_start`.
         resume_from: checkpoint to resume from instead of the newest.
         as_json: report the result as JSON.
+        is_quiet: report nothing unless the run does not complete.
     """
     from robo_orchard_lab.experiment.existing_run import record
     from robo_orchard_lab.experiment.run_folder import CONFIG_FILE
 
     folder = experiment.folder()
+    if is_watched() and is_first_rank() and not is_quiet:  # while packages are imported
+        note(styled(experiment.name, "bold", sys.stderr))
     resume: dict[str, Any] = {} if resume_from is None else {"resume": resume_from}
     built = experiment.build(**resume)
     if is_first_rank():
@@ -199,13 +207,22 @@ def train(
         built.trainer()
     except BaseException:
         if is_first_rank():
-            _report_interruption(folder, arguments)
+            _report_interruption(folder, arguments, built.trainer)
         raise
-    if is_first_rank():
-        _report_result(folder, arguments, as_json)
+    if is_first_rank() and not (is_quiet and not as_json):
+        _report_result(folder, arguments, built.trainer, as_json)
 
 
-def _report_result(folder: Path, arguments: ExperimentArguments, as_json: bool) -> None:
+def _shows_result(trainer: HookBasedTrainer) -> bool:
+    """Return True if a progress bar has shown the outcome in the terminal."""
+    return sys.stdout.isatty() and any(
+        getattr(hook, "shows_result", False) for hook in trainer.hooks.all_hooks()
+    )
+
+
+def _report_result(
+    folder: Path, arguments: ExperimentArguments, trainer: HookBasedTrainer, as_json: bool
+) -> None:
     from robo_orchard_lab.pipeline.run.run_state import read_run_state
     from robo_orchard_lab.report.page import REPORT_FILE
 
@@ -219,18 +236,30 @@ def _report_result(folder: Path, arguments: ExperimentArguments, as_json: bool) 
         return
     steps = state.progress.get("global_step_id", 0)
     reason = "" if state.reason is None else f", stopped by {state.by}: {state.reason}"
-    say(f"{folder}: {state.state} after {steps} steps{one_line(reason)}")
+    is_short = _shows_result(trainer)
+    rows = {}
     if state.checkpoint is not None:
-        say(f"  newest checkpoint  {Path(folder, state.checkpoint.path)}")
+        rows["newest checkpoint"] = str(Path(folder, state.checkpoint.path))
         if state.checkpoint.non_finite:
-            say(f"  not finite         {', '.join(state.checkpoint.non_finite)}")
-        say(f"  evaluate           {_command('evaluate', folder, arguments)}")
-        say(f"  export weights     {PROGRAM} checkpoint export {shlex.quote(str(folder))}")
+            rows["not finite"] = ", ".join(state.checkpoint.non_finite)
+        rows["evaluate"] = _command("evaluate", folder, arguments)
+        rows["export weights"] = f"{PROGRAM} checkpoint export {shlex.quote(str(folder))}"
     if (report := folder / REPORT_FILE).is_file():
-        say(f"  report             {report}")
+        rows["report"] = str(report)
+    if is_short:
+        names = {"newest checkpoint": "checkpoint", "not finite": "not finite"}
+        names |= {"report": "report", "evaluate": "next"}
+        rows = {short: rows[name] for name, short in names.items() if name in rows}
+    else:
+        say(f"{folder}: {state.state} after {steps} steps{one_line(reason)}")
+    width = max(map(len, rows), default=0)
+    for name, text in rows.items():
+        say(f"  {name:<{width}}  {text}")
 
 
-def _report_interruption(folder: Path, arguments: ExperimentArguments) -> None:
+def _report_interruption(
+    folder: Path, arguments: ExperimentArguments, trainer: HookBasedTrainer
+) -> None:
     """Report a run that did not complete; an error here must not hide the run's own error."""
     from robo_orchard_lab.experiment.existing_run import find_existing_run
     from robo_orchard_lab.report.page import REPORT_FILE
@@ -246,7 +275,8 @@ def _report_interruption(folder: Path, arguments: ExperimentArguments) -> None:
     reason = "" if state.reason is None else f" ({state.reason})"
     is_saved = found.newest_step == steps
     ending = "ended" if state.state != "preempted" else f"{'saved and ' * is_saved}stopped"
-    note(f"{folder}: {ending} after {steps} steps{one_line(reason)}")
+    if not _shows_result(trainer):
+        note(f"{folder}: {ending} after {steps} steps{one_line(reason)}")
     if found.newest_step is not None:
         step = "" if is_saved else f" from step {found.newest_step}"
         note(f"  resume{step}:  {_command('resume', folder, arguments)}")

@@ -5,9 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+from collections.abc import MutableMapping
 from contextlib import suppress
+from typing import Any
 
 import torch.distributed
+
+ROUTINE = {"is_routine": True}
+"""``extra`` of a record that repeats what a terminal shows anyway, such as of a save. Commands show
+such records in a log file, and in a terminal with ``--verbose``."""
 
 
 class JobLogger(logging.LoggerAdapter[logging.Logger]):
@@ -16,6 +23,12 @@ class JobLogger(logging.LoggerAdapter[logging.Logger]):
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - as in logging
         """Return True if this rank writes records of the level."""
         return is_first_rank() and super().isEnabledFor(level)
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        """Return message and arguments unchanged; the base class would drop ``extra``."""
+        return msg, kwargs
 
 
 def job_logger(name: str) -> JobLogger:
@@ -27,16 +40,35 @@ def job_logger(name: str) -> JobLogger:
     return JobLogger(logging.getLogger(name), {})
 
 
-def announce(logger: logging.Logger | JobLogger, text: str) -> None:
+def announce(logger: logging.Logger | JobLogger, text: str, *, is_routine: bool = False) -> None:
     """Log a line at level INFO, or print the line to standard error if the log drops the level.
 
-    So a script without logging shows the line. On a full disk the line is lost.
+    So a script without logging shows the line, with the time unless in a terminal. Nothing is
+    printed if the level of the logger, or of a parent below the root, excludes INFO. On a full disk
+    the line is lost.
     """
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
-        logger.info("%s", text)
-    elif is_first_rank() or not isinstance(logger, JobLogger):
+        logger.info("%s", text, extra=ROUTINE if is_routine else None)
+    elif own_level(logger) <= logging.INFO and (
+        is_first_rank() or not isinstance(logger, JobLogger)
+    ):
         with suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+            at = "" if sys.stderr.isatty() else time.strftime("%Y-%m-%d %H:%M:%S ")
+            print(at + text, file=sys.stderr, flush=True)
+
+
+def own_level(logger: logging.Logger | JobLogger) -> int:
+    """Return the level of a logger or of its nearest parent with a level, without the root's.
+
+    >>> own_level(logging.getLogger("some.module")) == logging.NOTSET
+    True
+    """
+    found = logger.logger if isinstance(logger, JobLogger) else logger
+    while found.parent is not None:
+        if found.level:
+            return found.level
+        found = found.parent
+    return logging.NOTSET
 
 
 def is_first_rank() -> bool:

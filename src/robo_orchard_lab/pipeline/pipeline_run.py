@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from robo_orchard_core.utils.config.errors import suggest_name
+from robo_orchard_lab.metric_mode import Mode
 from robo_orchard_lab.pipeline.batch_processor import (
     BatchProcessor,
     SimpleBatchProcessor,
@@ -102,6 +103,8 @@ class PipelineRun:
     """Batches of :attr:`dataloader` in their order; None in a run without a trainer."""
     folder: Path | None = None
     """Run folder for the files of hooks, or None."""
+    resumed_from: Path | None = None
+    """Checkpoint that the run continues; None for a run from the beginning."""
     state_file: RunStateFile = field(default_factory=RunStateFile)
     """Writer of run_state.json; writes nothing in a run without a folder."""
 
@@ -134,6 +137,11 @@ class PipelineRun:
     argument is True if an update was committed."""
     lr_settings: Any = None
     """Plain data that identifies the learning rates and LR schedulers, for checkpoints; or None."""
+    metric_modes: dict[str, Mode] = field(default_factory=dict)
+    """Direction of each metric that a hook monitors, ``"min"`` or ``"max"``."""
+    show_notice: Callable[[str], bool] = lambda text: False
+    """Function that replaces the progress bar with a line until its next update, and returns False
+    without a progress bar. A signal handler may call it."""
     start_checks: list[Callable[[], Any]] = field(default_factory=list)
     """Checks to make before the first step, when the loop has begun for all hooks."""
     locate: Locate = dotted_setting

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from robo_orchard_lab.metric_mode import Mode as Mode
+from robo_orchard_lab.metric_mode import guess_mode as guess_mode
 from robo_orchard_lab.report.files import Problems, items, mapping, read_lines, text, whole
 
 MAX_POINTS = 100_000
@@ -22,28 +23,6 @@ MAX_STEP = 2**50
 """Steps from here on are damage; charts have no axis for them."""
 # As JsonLinesSink writes them; its module imports torch.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-Mode = Literal["min", "max"]
-_SMALL_IS_GOOD = re.compile(
-    r"(^|[/_.-])(loss|losses|error|err|rmse|mse|mae|mape|perplexity|ppl|wer|cer|fid|nll|bce)"
-    r"($|[/_.-]|\d)"
-)
-_LARGE_IS_GOOD = re.compile(
-    r"(^|[/_.-])(accuracy|acc|top\d|f1|precision|recall|auc|auroc|iou|miou|map|dice|score|reward|"
-    r"return|success|psnr|ssim|r2|bleu|kappa)($|[/_.-]|\d)"
-)
-
-
-def guess_mode(name: str) -> Mode | None:
-    """Return whether small or large values of a metric are good, judged by its name.
-
-    >>> guess_mode("eval/val/loss"), guess_mode("eval/val/accuracy"), guess_mode("eval/val/x")
-    ('min', 'max', None)
-    """
-    name = name.lower()
-    if _LARGE_IS_GOOD.search(name):
-        return "max"
-    return "min" if _SMALL_IS_GOOD.search(name) else None
 
 
 @dataclass(slots=True)

@@ -30,9 +30,9 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks import ProgressBarHookConfig
 from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLoggerConfig
-from robo_orchard_lab.pipeline.hooks.progress_bar import RunStatus, _Picture
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
 from robo_orchard_lab.pipeline.progress import remaining_steps
+from robo_orchard_lab.pipeline.run_display import RunStatus, _BarLine
 from robo_orchard_lab.pipeline.trigger import EverySteps
 from robo_orchard_lab.testing import assert_weights_unchanged
 from tiny import loss_of, make_loader, make_model, make_trainer
@@ -61,9 +61,16 @@ def fail(args: PipelineHookArgs) -> None:
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Return the logged lines without their times."""
     lines = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
-    for decided, letter in ((r"\d+:\d\d:\d\d", "T"), (r"[\d.,]+(?= samples/s)", "N")):
-        lines = [re.sub(decided, letter, line) for line in lines if line.startswith("epoch")]
+    decided = (r"\d+:\d\d:\d\d", "T"), (r"[\d.,]+(?= samples/s)", "N"), (r", lr 1\.00e-01", "")
+    for pattern, letter in decided:
+        lines = [re.sub(pattern, letter, line) for line in lines if line.startswith("epoch")]
     return [re.sub(r"(?<=loss )[\d.]+", "L", line) for line in lines]
+
+
+def values_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return position, losses and metrics of the logged lines."""
+    lines = [line for line in caplog.messages if line.startswith("epoch")]
+    return [re.sub(r"(, lr [\d.e+-]+)?(, [\d,]+ samples/s.*|$)", "", line) for line in lines]
 
 
 @pytest.fixture
@@ -93,11 +100,16 @@ class TestLines:
         ]
 
     def test_lines_go_to_stderr_without_info_log(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """Without a log at level INFO, lines are printed."""
+        """Without a log at level INFO, lines are printed with their time."""
         make_trainer(ProgressBarHookConfig(refresh_seconds=NO_STEP), max_epoch=1)()
         out, err = capsys.readouterr()
         assert out == ""
-        assert [line.split(", ")[:2] for line in err.splitlines()] == [
+        times, lines = zip(*(line.split(" ", 2)[1:] for line in err.splitlines()), strict=True)
+        assert all(re.fullmatch(r"\d\d:\d\d:\d\d", time) for time in times)
+        assert [line.split(", ")[0] for line in lines[:3]] == [
+            *("model: Sequential", "data: TensorDataset", "run: 1 epoch")
+        ]
+        assert [line.split(", ")[:2] for line in lines[3:]] == [
             ["epoch 1/1", "step 7/7 (100 %)"]
         ] * 2
 
@@ -215,10 +227,15 @@ class TestLogged:
         """The loss is the mean of its window until the next logging point."""
         bar = ProgressBarHookConfig(refresh_seconds=EVERY_STEP)
         make_trainer([bar, MetricsLoggerConfig(every=EverySteps(3)), Publisher()], max_step=7)()
-        shown = r".*step (\d)/7 \(\d+ %\)(.*), [\d,]+ samples/s.*", r"\1\2"
-        assert [re.sub(*shown, message) for message in log.messages] == [
-            *("1", "2", "3", "4, loss 2.0000", "5, loss 2.0000", "6, loss 2.0000"),
-            *("7, loss 5.0000", "7, loss 7.0000", "7, loss 7.0000"),  # the epoch, and the end
+        shown = [re.sub(r".*step (\d)/7 \(\d+ %\)", r"\1", line) for line in values_of(log)]
+        own = [re.fullmatch(r"(\d), loss \d\.\d{4}", line) for line in shown[:3]]
+        assert [found and found[1] for found in own] == ["1", "2", "3"]  # this rank's loss
+        assert shown[3:] == [
+            *("4, loss 2.0000", "5, loss 2.0000", "6, loss 2.0000"),
+            *(
+                "7, loss 5.0000",
+                *["7, loss 7.0000, eval/accuracy 0.1000"] * 2,
+            ),  # the epoch, and the end
         ]
 
     @pytest.mark.parametrize("first", ["bar", "logger"])
@@ -230,7 +247,7 @@ class TestLogged:
         logger = MetricsLoggerConfig()
         hooks: list[Any] = [bar, logger, Publisher()]
         make_trainer(hooks if first == "bar" else [Publisher(), logger, bar], max_epoch=2)()
-        assert [re.sub(r", [\d,]+ samples/s.*", "", m) for m in log.messages] == [
+        assert values_of(log) == [
             "epoch 1/2, step  7/14 (50 %), loss 4.0000, eval/accuracy 0.1000",
             "epoch 2/2, step 14/14 (100 %), loss 11.00, eval/accuracy 0.2000",
             "epoch 2/2, step 14/14 (100 %), loss 11.00, eval/accuracy 0.2000",
@@ -240,10 +257,10 @@ class TestLogged:
         """The line comes before the next epoch, with earlier values."""
         bar = ProgressBarHookConfig(refresh_seconds=NO_STEP)
         make_trainer([bar, MetricsLoggerConfig(every=EverySteps(5)), Publisher()], max_epoch=2)()
-        assert [re.sub(r", [\d,]+ samples/s.*", "", m) for m in log.messages] == [
+        assert values_of(log) == [
             "epoch 1/2, step  7/14 (50 %), loss 3.0000",
-            "epoch 2/2, step 14/14 (100 %), loss 12.50",
-            "epoch 2/2, step 14/14 (100 %), loss 12.50",
+            "epoch 2/2, step 14/14 (100 %), loss 12.50, eval/accuracy 0.2000",
+            "epoch 2/2, step 14/14 (100 %), loss 12.50, eval/accuracy 0.2000",
         ]
 
     def test_resumed_run_shows_earlier_values(
@@ -256,7 +273,8 @@ class TestLogged:
         given_up.save_checkpoint(tmp_path / "saved")
         log.clear()
         make_trainer([*hooks, Publisher()], max_step=9, resume_from=tmp_path / "saved")()
-        assert log.messages[1].startswith("epoch 2, step 8/9 (88 %), loss 4.0000, ")
+        assert "run: 9 steps, resumed after step 7, from saved" in log.messages
+        assert values_of(log)[0] == ("epoch 2, step 8/9 (88 %), loss 4.0000, eval/accuracy 0.1000")
 
     def test_failure_in_an_evaluation(self, log: pytest.LogCaptureFixture) -> None:
         """The evaluation's error propagates, and the last line has the completed steps."""
@@ -269,7 +287,7 @@ class TestLogged:
         with pytest.raises(RuntimeError, match="out of luck"):
             make_trainer([bar, MetricsLoggerConfig(), Failing()], max_epoch=2)()
         (line,) = lines_of(log)
-        assert line == "epoch 2/2, step  7/14 (50 %), N samples/s, stopped after T"
+        assert line == "epoch 2/2, step  7/14 (50 %), loss L, N samples/s, stopped after T"
 
     def test_bar_is_redrawn_at_a_logging_point(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """New values are shown at once, also with a long interval."""
@@ -282,40 +300,42 @@ class TestLogged:
             logger = MetricsLoggerConfig(every=EverySteps(5))
             make_trainer([bar, logger, Publisher(), pause, look], max_epoch=1)()
             assert re.match(r"epoch 1/1  step 5/7  ━+.*  loss 3\.0000  [\d,]+ samples/s", drawn[0])
-            assert re.match(r"epoch 1/1  step 7/7  ━+  loss 6\.5000  ", terminal.screen()[-1])
+            assert "    1     7     6.5000" in terminal.screen()[-4]
 
 
 class CountingReads(torch.Tensor):
-    """Tensor that counts conversions to a number."""
+    """Tensor that counts conversions to a number, and copies to another tensor."""
 
-    reads = 0
+    reads = copies = 0
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.Tensor.item, torch.Tensor.__float__):
             cls.reads += 1
+        cls.copies += func is torch.Tensor.copy_
         # torch does not annotate it.
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 def test_loss_is_read_only_when_shown() -> None:
-    """Steps between two updates never read the loss, a device sync."""
+    """Steps between two updates never copy the loss to the host, and none waits for it."""
 
     def forward(model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
         outputs, loss = loss_of(model, batch)
         return outputs, loss.as_subclass(CountingReads)
 
-    CountingReads.reads = 0
+    CountingReads.reads = CountingReads.copies = 0
     make_trainer(
         ProgressBarHookConfig(refresh_seconds=NO_STEP),
         batch_processor=SimpleBatchProcessor.from_callable(forward),
         max_epoch=3,
     )()
-    assert CountingReads.reads == 3 + 1  # each end of an epoch, and of the run
+    assert CountingReads.copies == 3 + 1  # each end of an epoch, and of the run
+    assert CountingReads.reads == 0
 
 
 def test_bar_reads_nothing_with_logging_points() -> None:
-    """The bar reads no tensor with a logging point and an update in every step."""
+    """With a logging point and an update in every step, only the first loss is copied."""
 
     def forward(model: Any, batch: Any) -> tuple[Any, torch.Tensor]:
         outputs, loss = loss_of(model, batch)
@@ -324,14 +344,14 @@ def test_bar_reads_nothing_with_logging_points() -> None:
     hooks = PipelineHooks()
     hooks.on_step.after(lambda args: args.metrics.publish("loss/total", args.loss))
     hooks.on_step.after(lambda args: args.metrics.publish("lift", args.loss))
-    CountingReads.reads = 0
+    CountingReads.reads = CountingReads.copies = 0
     bar = ProgressBarHookConfig(metrics=["lift"], refresh_seconds=EVERY_STEP)
     make_trainer(
         [bar, MetricsLoggerConfig(every=EverySteps(1)), hooks],
         batch_processor=SimpleBatchProcessor.from_callable(forward),
         max_epoch=2,
     )()
-    assert CountingReads.reads == 0
+    assert (CountingReads.reads, CountingReads.copies) == (0, 1)
 
 
 def test_bar_does_not_change_weights() -> None:
@@ -397,42 +417,31 @@ def test_numbers_keep_their_width(value: float, shown: str) -> None:
 def test_slow_rates_and_long_times() -> None:
     """A rate below ten has decimals, and hours are not converted to days."""
     status = RunStatus(1, None, 3, 9, {}, samples_per_s=0.254, seconds_left=3600 * 51 + 62)
-    assert status.pace == ["0.25 samples/s", "ETA 51:01:02"]
+    assert [*status.rate, *status.time] == ["0.25 samples/s", "ETA 51:01:02"]
 
 
-@pytest.mark.parametrize("width", [120, 80, 60, 40])
-def test_bar_fits_the_width(width: int) -> None:
-    """Nothing is wrapped or cut off; texts without room go below the bar."""
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (120, "epoch 2/5  step  34/115  BAR  loss 0.4231  512 samples/s  ETA 0:00:41"),
+        (80, "epoch 2/5  step  34/115  BAR  loss 0.4231  512 samples/s  ETA 0:00:41"),
+        (65, "epoch 2/5  step  34/115  BAR  loss 0.4231  ETA 0:00:41"),
+        (55, "epoch 2/5  step  34/115  loss 0.4231  ETA 0:00:41"),
+        (40, "epoch 2/5  step  34/115  loss 0.4231"),
+        (30, "step  34/115  loss 0.4231"),
+        (20, "step  34/115"),
+    ],
+)
+def test_bar_is_one_line(width: int, shown: str) -> None:
+    """The bar is one line, with room for ``^C``; texts without room are left out, not cut."""
     console = Console(width=width, file=io.StringIO(), color_system=None)
-    status = RunStatus(
-        2, 5, 34, 115, {"loss": 0.4231, "grad_norm": 1.25}, 512.3, 12.0, seconds_left=41.0
-    )
+    values = {"loss": 0.4231, "grad_norm": 1.25}
+    status = RunStatus(2, 5, 34, 115, values, 512.3, 12.0, seconds_left=41.0)
     with console.capture() as captured:
-        console.print(_Picture(status))
-    lines = [line.rstrip() for line in captured.get().splitlines()]
-    assert all(len(line) <= width for line in lines)
-    assert lines[0].startswith("epoch 2/5  step  34/115  ━")
-    below = {
-        120: [],
-        80: ["grad_norm 1.2500"],
-        60: ["loss 0.4231  512 samples/s  ETA 0:00:41", "grad_norm 1.2500"],
-        40: ["loss 0.4231  512 samples/s  ETA 0:00:41", "grad_norm 1.2500"],
-    }[width]
-    assert lines[1:] == below
-
-
-def test_many_metrics_use_several_lines() -> None:
-    """Metrics without room next to the bar go below, none cut off."""
-    console = Console(width=44, file=io.StringIO(), color_system=None)
-    values = {"loss": 0.4231, **{f"eval/val/metric{i}": 0.5 for i in range(3)}}
-    with console.capture() as captured:
-        console.print(_Picture(RunStatus(2, 5, 34, 115, values, 512.3, 12.0, 41.0)))
-    assert [line.rstrip() for line in captured.get().splitlines()[1:]] == [
-        "loss 0.4231  512 samples/s  ETA 0:00:41",
-        "eval/val/metric0 0.5000",
-        "eval/val/metric1 0.5000",
-        "eval/val/metric2 0.5000",
-    ]
+        console.print(_BarLine(status))
+    (line,) = captured.get().splitlines()
+    assert len(line.rstrip()) <= width - 3
+    assert re.sub(r"━+╸? +", "BAR  ", line.rstrip()) == shown
 
 
 class Terminal(io.StringIO):
@@ -495,13 +504,22 @@ class TestBar:
     """Output to a terminal."""
 
     def test_final_status_stays(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A finished run leaves one line: all steps, the last loss and the duration."""
+        """A finished run leaves header, aligned lines and result, and no bar."""
         with a_terminal(monkeypatch) as terminal:
             make_trainer(ProgressBarHookConfig(), max_epoch=2)()
-            (line,) = terminal.screen()
-            assert re.fullmatch(
-                r"epoch 2/2  step 14/14  ━+  loss \d\.\d{4}  [\d,]+ samples/s  took 0:00:0\d", line
-            )
+            shown = [re.sub(r"\d\.\d{4}", "L.LLLL", line) for line in terminal.screen()]
+            shown = [re.sub(r" +[\d,]+( samples/s|$)", r" N\1", line) for line in shown]
+            assert shown == [
+                "model  Sequential, 58 parameters, on cpu",
+                "data   TensorDataset, 28 samples, 7 steps an epoch",
+                "run    2 epochs, 14 steps, new",
+                "epoch  step       loss         lr  samples/s",
+                "    1     7     L.LLLL   1.00e-01 N",
+                "    2    14     L.LLLL   1.00e-01 N",
+                "completed after 14 steps in 0:00:00, N samples/s",
+                shown[-1],
+            ]
+            assert re.fullmatch(r"  loss  L\.LLLL  [▁-█]{3}", shown[-1])
 
     def test_bar_is_redrawn_at_its_interval(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each step is drawn if the interval is shorter than a step; otherwise only few."""
@@ -535,35 +553,32 @@ class TestBar:
             finally:
                 other.removeHandler(kept)
                 other.removeHandler(elsewhere)
-            *above, bar, last = terminal.screen()
-            assert above == [
+            *_, last = shown = terminal.screen()
+            assert shown[3:7] == [
                 "printed",
                 "half and half",
                 "to stderr",
                 "logged [bold]as it is[/bold]",
             ]
-            assert bar.startswith("epoch 1/1  step 7/7  ━")
             assert last == "logged later"
             assert kept.stream is terminal
             assert elsewhere.stream.getvalue().count("\n") == 2
 
     def test_error_restores_the_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """After an error, the bar stays at its last step, and streams are restored."""
+        """After an error, one line has the last step, and streams are restored."""
         with a_terminal(monkeypatch) as terminal:
             trainer = make_trainer([ProgressBarHookConfig(), AtStep(9, fail)], max_epoch=2)
             with pytest.raises(RuntimeError, match="out of luck"):
                 trainer()
-            shown = "  ".join(terminal.screen())
-            assert shown.startswith("epoch 2/2  step  9/14  ━")
-            assert re.search(r"  stopped after 0:00:0\d$", shown)
-            assert terminal.getvalue().endswith("\x1b[?25h")  # the cursor is back
+            assert re.fullmatch(r"failed after 9 of 14 steps in 0:00:0\d", terminal.screen()[-1])
+            assert "\x1b[?25h" in terminal.getvalue().rpartition("\x1b[?25l")[2]  # the cursor
 
     def test_incomplete_line_is_not_lost(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Text printed without a newline before the bar closes is shown."""
         with a_terminal(monkeypatch) as terminal:
             talk = AtStep(6, lambda args: print("no line's end", end=""))
             make_trainer([ProgressBarHookConfig(), talk], max_epoch=1)()
-            assert terminal.screen()[0] == "no line's end"
+            assert "no line's end" in terminal.screen()
 
     def test_terminal_may_disappear(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The run finishes if the terminal closes during the run."""
@@ -617,7 +632,7 @@ class TestBar:
             with redirect_stdout(file):
                 make_trainer([ProgressBarHookConfig(), talk], max_epoch=1)()
             assert file.getvalue() == "a result\n"
-            assert terminal.screen()[0].startswith("epoch 1/1  step 7/7  ━")
+            assert "epoch 1/1  step 1/7" in terminal.getvalue()
 
 
 SCRIPT = """
@@ -645,7 +660,7 @@ print("after")
 
 
 def test_in_a_real_terminal(tmp_path: Path) -> None:
-    """A process in a pseudo-terminal leaves its final status, with later output below."""
+    """A process in a pseudo-terminal leaves its result, with later output below."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     here, there = pty.openpty()
@@ -665,8 +680,9 @@ def test_in_a_real_terminal(tmp_path: Path) -> None:
         written += part
     os.close(here)
     assert process.wait() == 0, written.decode()
-    bar, after = screen(written.decode().replace("\r\n", "\n"))
-    assert re.match(r"epoch 2/2  step 14/14  ━+  loss ", bar)
+    *_, verdict, loss, after = screen(written.decode().replace("\r\n", "\n"))
+    assert verdict.startswith("completed after 14 steps in 0:00:0")
+    assert re.fullmatch(r"  loss  -?\d\.\d{4}  [▁-█]+", loss)
     assert after == "after"
 
 

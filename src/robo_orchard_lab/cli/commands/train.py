@@ -27,6 +27,7 @@ from robo_orchard_lab.cli.output import (
     print_table,
     say,
 )
+from robo_orchard_lab.cli.verbosity import verbosity_options
 from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, run_config_file
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Run two steps of training, evaluation, saving and resuming in a temporary folder.",
 )
+@verbosity_options
 @json_option
 def train(
     file: Path,
@@ -62,6 +64,7 @@ def train(
     source: str | None,
     dry_run: bool,
     debug_fast: bool,
+    is_quiet: bool,
     as_json: bool,
 ) -> None:
     """Train the experiment of FILE in its run folder.
@@ -91,7 +94,7 @@ def train(
     start = training.check_start(config, experiment, allow=allow, is_own_file=is_own_file)
     if dry_run:
         return training.print_dry_run(config, start, as_json=as_json)
-    return training.train(config, experiment, start, as_json=as_json)
+    return training.train(config, experiment, start, as_json=as_json, is_quiet=is_quiet)
 
 
 def _run_folder_of(file: Path) -> Path | None:
@@ -103,8 +106,11 @@ def _run_folder_of(file: Path) -> Path | None:
 @click.command("resume", cls=ExperimentCommand)
 @click.argument("run")
 @allow_option
+@verbosity_options
 @json_option
-def resume(run: str, experiment: ExperimentArguments, allow: str | None, as_json: bool) -> None:
+def resume(
+    run: str, experiment: ExperimentArguments, allow: str | None, is_quiet: bool, as_json: bool
+) -> None:
     """Resume the run in the folder RUN from its newest intact checkpoint.
 
     \b
@@ -125,7 +131,14 @@ def resume(run: str, experiment: ExperimentArguments, allow: str | None, as_json
     if existing is not None and existing.newest_step is None and training.is_first_rank():
         note(f"{found.folder}: no checkpoint yet; the run starts from the beginning")
     start = training.check_start(config, experiment, allow=allow, checkpoint=found.checkpoint)
-    training.train(config, experiment, start, resume_from=found.checkpoint, as_json=as_json)
+    training.train(
+        config,
+        experiment,
+        start,
+        resume_from=found.checkpoint,
+        as_json=as_json,
+        is_quiet=is_quiet,
+    )
 
 
 _run_or_file = click.argument("run_or_file", metavar="RUN|FILE")

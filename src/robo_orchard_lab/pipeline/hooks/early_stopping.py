@@ -67,6 +67,7 @@ class EarlyStopping(PipelineHooks):
 
     def _begin(self, args: PipelineHookArgs) -> RemovableHandle:
         self._stop_if_due(args.requests)  # a resumed run may have stopped before
+        args.run.metric_modes[self.cfg.monitor] = self.cfg.mode
         judge = partial(self._judge, args.requests)
         return args.metrics.subscribe(self.cfg.monitor, judge, who=self.name)
 

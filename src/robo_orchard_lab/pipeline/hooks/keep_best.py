@@ -172,6 +172,7 @@ class KeepBest(PipelineHooks):
         if self._is_resumed:
             self._is_resumed = False
             self._compare_with_file(args)
+        args.run.metric_modes[self.cfg.monitor] = self.cfg.mode
         judge = partial(self._judge, args.run)
         return args.metrics.subscribe(self.cfg.monitor, judge, who=self.name)
 

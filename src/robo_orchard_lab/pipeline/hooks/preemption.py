@@ -108,7 +108,7 @@ class Preemption(PipelineHooks):
             )
         self._is_stopping = False
         before = {number: signal.getsignal(number) for number in self._signals}
-        handle = self._handler(before, args.accelerator.is_local_main_process)
+        handle = self._handler(before, args)
         self._undo = ExitStack()
         # A shell's background job ignores Ctrl-C, and keeps ignoring it.
         handled = [
@@ -157,9 +157,10 @@ class Preemption(PipelineHooks):
     def _exit_code(self, number: int) -> int:
         return 128 + number if self.cfg.exit_code is None else self.cfg.exit_code
 
-    def _handler(self, before: Mapping[signal.Signals, Any], is_reporting: bool) -> _Handler:
+    def _handler(self, before: Mapping[signal.Signals, Any], args: PipelineHookArgs) -> _Handler:
         """Return the handler of the signals; ``before`` has the replaced handlers."""
-        main_process = os.getpid()
+        main_process, run = os.getpid(), args.run
+        is_reporting = args.accelerator.is_local_main_process
         launched = "WORLD_SIZE" in os.environ or "SLURM_JOB_ID" in os.environ
         same_request_s = _SAME_LAUNCHED_REQUEST_S if launched else _SAME_REQUEST_S
 
@@ -175,10 +176,12 @@ class Preemption(PipelineHooks):
             if not self._received:
                 self._received, self._received_at = number, now
                 if is_reporting:
-                    _write_stderr(
-                        f"{self.name}: {signal.Signals(number).name}: stopping at the next commit "
-                        "point; send again to stop at once\n"
-                    )
+                    again = "Ctrl-C again" if number == signal.SIGINT else "send again"
+                    if not run.show_notice(f"stopping after this step ... ({again} to stop now)"):
+                        _write_stderr(
+                            f"{self.name}: {signal.Signals(number).name}: stopping at the next "
+                            "commit point; send again to stop at once\n"
+                        )
             elif now - self._received_at > same_request_s:
                 for each in self._signals:
                     _restore(each, before[each])

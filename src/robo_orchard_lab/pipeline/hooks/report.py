@@ -19,7 +19,7 @@ from pydantic import Field
 from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.job_log import announce, job_logger
 from robo_orchard_lab.pipeline.run.durable import make_folder, remove_leftovers, replace_file
 from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 
@@ -116,7 +116,7 @@ class Report(PipelineHooks):
         if self._process is not None and not self._collect(_WAIT_S):
             logger.warning("process %d is still writing %s", self._process.pid, self._path)
         elif self._writes.failure is None:
-            logger.info("%s: wrote %s", self.name, self._path)
+            announce(logger, f"{self.name}: wrote {self._path}", is_routine=True)
 
     def _start(self) -> None:
         assert self._folder is not None

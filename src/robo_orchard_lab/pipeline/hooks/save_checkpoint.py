@@ -35,7 +35,7 @@ from robo_orchard_lab.pipeline.errors import (
 )
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.hooks.keep_best import Mode
-from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.job_log import ROUTINE, job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
@@ -222,6 +222,7 @@ class SaveCheckpoint(PipelineHooks):
             )
             self._handles.enter_context(topic)
         if cfg.monitor is not None:
+            run.metric_modes[cfg.monitor] = cfg.mode or "min"  # always set together
             subscription = args.metrics.subscribe(cfg.monitor, self._judge, who=self.name)
             self._handles.enter_context(subscription)
 
@@ -356,7 +357,8 @@ class SaveCheckpoint(PipelineHooks):
         if info is None:
             return
         self._writes.succeeded(info.path)
-        logger.info("saved %s: %s", info.path, info.metadata.get("reason", ""))
+        reason = info.metadata.get("reason", "")
+        logger.info("saved %s: %s", info.path, reason, extra=ROUTINE)
         self._run.state_file.saved(info.path, info.step, info.non_finite)
 
     def _attempt(self, save: Callable[[], Any], is_final: bool = False) -> Any:

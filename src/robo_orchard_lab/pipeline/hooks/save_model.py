@@ -18,7 +18,7 @@ from robo_orchard_lab.pipeline.checkpoint import pack_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.job_log import ROUTINE, job_logger
 from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.requests import Request, StopRequest
 from robo_orchard_lab.pipeline.run.durable import remove_leftovers
@@ -125,7 +125,8 @@ class SaveModel(PipelineHooks):
         }
         file = pack_weights(weights, metadata)
         if run.write_file(self._folder / WEIGHTS_FILE, file, self.name):
-            logger.info("%s: wrote %s at %s", self.name, self._folder, run.progress)
+            found = self.name, self._folder, run.progress
+            logger.info("%s: wrote %s at %s", *found, extra=ROUTINE)
 
 
 class SaveModelConfig(PipelineHooksConfig[SaveModel]):

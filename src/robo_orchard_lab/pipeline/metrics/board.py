@@ -274,6 +274,11 @@ class MetricsBoard:
             raise UnknownMetricError(name, self.names())
         return float(accumulator.latest)
 
+    def newest(self, name: str) -> Number | None:
+        """Return this rank's latest value since the last logging point as published, or None."""
+        accumulator = self._accumulators.get(name)
+        return None if accumulator is None else accumulator.latest
+
     def last_value(self, name: str) -> float | None:
         """Return the value of the last logging point or evaluation, or None."""
         found = self._last_values.get(name)

@@ -14,6 +14,7 @@ from typing import IO, Annotated, Any, TypeAlias
 from pydantic import Field
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.job_log import ROUTINE
 from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.run.durable import (
@@ -87,8 +88,8 @@ class JsonLinesSink:
             if kept != data:
                 # Write the rest first: a crash between the two loses nothing.
                 if rest:
-                    step, aside = args.progress.global_step_id, _write_aside(path, rest)
-                    logger.info("moved records after step %d of %s to %s", step, path, aside)
+                    moved = args.progress.global_step_id, path, _write_aside(path, rest)
+                    logger.info("moved records after step %d of %s to %s", *moved, extra=ROUTINE)
                 replace_file(path, kept)
                 self.close()
                 self._lock_and_open(path)  # the new file

@@ -13,7 +13,7 @@ from robo_orchard_lab.pipeline.checkpoint import pack_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineStateError, UnknownMetricError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
-from robo_orchard_lab.pipeline.job_log import job_logger
+from robo_orchard_lab.pipeline.job_log import ROUTINE, job_logger
 from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.progress import remaining_steps
 from robo_orchard_lab.pipeline.requests import (
@@ -109,7 +109,8 @@ class CommitPoint:
         # A preempted run resumes; a missing metric must not change its exit code.
         self._unmet = None if is_preempted else metrics.find_missing(at_end=not ended_early)
         if stop is not None:
-            logger.info("stopped at %s: %s, requested by %s", run.progress, stop.reason, stop.by)
+            found = run.progress, stop.reason, stop.by
+            logger.info("stopped at %s: %s, requested by %s", *found, extra=ROUTINE)
 
     def raise_unmet(self) -> None:
         """Warn of requests after the last commit point.
@@ -225,7 +226,8 @@ def _save_weights(run: PipelineRun, request: SaveWeightsRequest) -> None:
             **request.metadata,
         }
         if run.write_file(request.path, pack_weights(weights, metadata), request.by):
-            logger.info("saved %s: %s, requested by %s", request.path, request.reason, request.by)
+            found = request.path, request.reason, request.by
+            logger.info("saved %s: %s, requested by %s", *found, extra=ROUTINE)
 
 
 def check_metric_names(run: PipelineRun, hooks: PipelineHooks) -> None:

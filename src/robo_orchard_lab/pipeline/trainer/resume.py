@@ -49,7 +49,7 @@ def resume(
             with CheckpointStore(root, ranks=ranks) as store:  # also cleans up after a crash
                 newest = store.load_newest(share_of, each_rank)
             if newest is None:
-                announce(logger, f"no checkpoint in {root}; starting a fresh run")
+                announce(logger, f"no checkpoint in {root}; starting a fresh run", is_routine=True)
                 return False
             saved = newest
             for skipped, why in saved.skipped:
@@ -67,7 +67,8 @@ def resume(
         snapshots.rank_states.reduce_gradients()
         if is_auto:
             _prune(hooks, run.folder, ranks)
-    announce(logger, f"resumed from {saved.info.path} at {run.progress}")
+    run.resumed_from = saved.info.path
+    announce(logger, f"resumed from {saved.info.path} at {run.progress}", is_routine=True)
     if has_new_lr:
         lr_change.apply()
     before, now = saved.info.ranks, run.accelerator.num_processes
