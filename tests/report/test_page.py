@@ -197,6 +197,26 @@ def test_folders_that_lead_out_are_not_read(run: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_starts_and_checkpoints_behind_links_are_not_read(run: Path, tmp_path: Path) -> None:
+    """Links out of the run folder show no commit, command or checkpoint of another folder."""
+    private = tmp_path / "private"
+    for name in ("starts", "checkpoints/step_00000001"):
+        (private / name).mkdir(parents=True)
+    (private / "starts" / "0001.json").write_text('{"command": "secret"}')
+    (private / "checkpoints" / "step_00000001" / "manifest.json").write_text("{}")
+    for name in ("starts", "checkpoints"):
+        shutil.rmtree(run / name, ignore_errors=True)
+        (run / name).symlink_to(private / name)
+    story = read_story(run)
+    assert (story["environment"]["command"], story["checkpoints"]) == ("", [])
+    for name in ("starts", "checkpoints"):
+        assert f"{name} is a link out of the run folder, and is not read" in story["problems"]
+    (run / "checkpoints").unlink()
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step_00000001").symlink_to(private / "checkpoints" / "step_00000001")
+    assert read_story(run)["checkpoints"] == []
+
+
 def test_an_empty_folder_has_a_page(tmp_path: Path) -> None:
     """A page of a folder without files says what is missing."""
     story = Page(render([tmp_path])).data["runs"][0]

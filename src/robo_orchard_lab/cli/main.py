@@ -45,6 +45,7 @@ COMMANDS = {
         "report": ("Write the HTML report of runs.", f"{_COMMANDS}.report:report"),
         "runs": ("List runs with state and best metric.", f"{_COMMANDS}.report:runs"),
         "watch": ("Show a run in a terminal while it trains.", f"{_COMMANDS}.watch:watch"),
+        "view": ("Show the reports of runs in a browser, live.", f"{_COMMANDS}.view:view"),
         "checkpoint": (
             "List, show, verify, export and prune checkpoints.",
             f"{_COMMANDS}.checkpoint:checkpoint",

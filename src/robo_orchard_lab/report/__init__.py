@@ -7,6 +7,8 @@
 - ``position``: state, stage and counters of a run
 - ``live``: a run that is followed while its files change
 - ``listing``: the runs below a folder
+- ``builds``: data of pages, made by other processes when a run changed
+- ``server``: server of the pages of a folder; imports starlette
 
 No module imports torch. Files of a run may be cut, damaged or hostile: a problem is listed in the
 result and never raised.

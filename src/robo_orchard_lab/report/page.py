@@ -10,6 +10,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import cache
 from hashlib import sha256
 from importlib.resources import files as resources
 from pathlib import Path
@@ -36,8 +37,7 @@ _PAGE = """<!doctype html>
 <noscript><p>{title}. This page draws its curves and tables with JavaScript.</p></noscript>
 <main id="page"></main>
 <script type="application/json" id="data">{data}</script>
-<script>{library}</script>
-<script>{script}</script>
+{scripts}
 </body>
 </html>
 """
@@ -46,13 +46,15 @@ _PAGE = """<!doctype html>
 def render(folders: Sequence[Path], *, sort: str | None = None) -> str:
     """Return the page of one run, or the comparison of several.
 
-    Text of the runs is in the page's data alone, and the page's script shows it as text. A content
-    security policy admits the page's own script and style, and no request.
-
     Args:
         folders: run folders.
         sort: metric that sorts a comparison.
     """
+    return to_html(*read_document(folders, sort=sort))
+
+
+def read_document(folders: Sequence[Path], *, sort: str | None = None) -> tuple[str, str]:
+    """Return title and data of the page of runs; the data is JSON that HTML can embed."""
     runs = [read_story(folder, MAX_POINTS // len(folders)) for folder in folders]
     data: dict[str, Any] = {
         "generated_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -66,27 +68,59 @@ def render(folders: Sequence[Path], *, sort: str | None = None) -> str:
         data["differences"] = [{"path": path, "values": v} for path, v in differing(runs)]
         data["sort"] = sort
         title = f"Comparison: {' · '.join(run['name'] for run in runs)}"
-    library, script = _asset("uPlot.iife.min.js"), _asset("page.js")
-    style = _asset("uPlot.min.css") + _asset("page.css")
-    scripts = " ".join(map(_hash, (library, script)))
-    policy = (
-        f"default-src 'none'; script-src {scripts}; style-src {_hash(style)}; "
-        "img-src data:; media-src data:; base-uri 'none'; form-action 'none'"
-    )
+    return title, embeddable(data)
+
+
+def embeddable(data: Any) -> str:
+    """Return data as JSON without characters that end a script or a line of it."""
     document = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    document = document.encode("utf-8", "replace").decode()  # lone surrogates, as in names
     for character in "<>&\u2028\u2029":
         document = document.replace(character, f"\\u{ord(character):04x}")
+    return document
+
+
+SCRIPTS = ("uPlot.iife.min.js", "page.js")
+LIVE_SCRIPTS = (*SCRIPTS, "live.js")
+LIST_SCRIPTS = ("runs.js",)
+
+
+def to_html(title: str, document: str, scripts: Sequence[str] = SCRIPTS) -> str:
+    """Return the page of data.
+
+    Text of the runs is in the page's data alone, and the page's scripts show it as text.
+
+    Args:
+        title: title of the page.
+        document: data, see `embeddable`.
+        scripts: names of the page's scripts.
+    """
     return _PAGE.format(
-        policy=policy,
+        policy=content_policy(scripts),
         title=html.escape(title[:200]),
-        style=style,
+        style=_style(),
         data=document,
-        library=library,
-        script=script,
+        scripts="\n".join(f"<script>{_asset(name)}</script>" for name in scripts),
     )
 
 
+def content_policy(scripts: Sequence[str] = SCRIPTS) -> str:
+    """Return the content security policy of a page: its own scripts and style, and no request.
+
+    A page that a server updates may request its data from that server.
+    """
+    hashes = " ".join(_hash(_asset(name)) for name in scripts)
+    connect = "" if scripts == SCRIPTS else "connect-src 'self'; "
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src {_hash(_style())}; {connect}"
+        "img-src data:; media-src data:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _style() -> str:
+    return _asset("uPlot.min.css") + _asset("page.css")
+
+
+@cache
 def _asset(name: str) -> str:
     return resources("robo_orchard_lab.report").joinpath("assets", name).read_text("utf-8")
 

@@ -234,12 +234,19 @@ def read_configuration(folder: Path, problems: Problems) -> Configuration:
 
 def _starts(folder: Path, problems: Problems) -> list[tuple[str, dict[str, Any]]]:
     """Read the records of starts, the oldest first."""
+    names = _names(folder, STARTS, _START, problems)[-_MAX_STARTS:]
+    return [(name[:-5], read_object(folder / STARTS / name, problems)) for name in names]
+
+
+def _names(folder: Path, inner: str, form: re.Pattern[str], problems: Problems) -> list[str]:
+    """List the names of a form in a folder of the run, in order; no link out of it is followed."""
+    if inside(folder, f"{inner}/_") is None:
+        problems.add(f"{inner} is a link out of the run folder, and is not read")
+        return []
     try:
-        names = sorted(name for name in os.listdir(folder / STARTS) if _START.fullmatch(name))
+        return sorted(name for name in os.listdir(folder / inner) if form.fullmatch(name))
     except OSError:
         return []
-    names = names[-_MAX_STARTS:]
-    return [(name[:-5], read_object(folder / STARTS / name, problems)) for name in names]
 
 
 def newest_commit(folder: Path, problems: Problems) -> tuple[str, bool] | None:
@@ -344,17 +351,15 @@ def _checkpoints(
     folder: Path, config: Configuration, state: Mapping[str, Any], problems: Problems
 ) -> list[dict[str, Any]]:
     """List the checkpoints of a run, the oldest first; file sizes are compared, digests are not."""
-    root = folder / "checkpoints"
+    inner = "checkpoints"
     named = mapping(config.document.get("checkpoint")).get("folder")
     saved = text(mapping(state.get("checkpoint")).get("path"))
     if not isinstance(named, str) and saved and not path_problem(saved):
         named = os.path.dirname(saved)
     if isinstance(named, str) and named and not path_problem(named):
-        root = folder / named
-    try:
-        names = sorted(name for name in os.listdir(root) if _STEP.fullmatch(name))
-    except OSError:
-        return []
+        inner = named
+    names, root = _names(folder, inner, _STEP, problems), folder / inner
+    names = [name for name in names if not (root / name).is_symlink()]
     if len(names) > _MAX_CHECKPOINTS:
         problems.add(f"of {len(names):,} checkpoints, the newest {_MAX_CHECKPOINTS} are shown")
     links = {}

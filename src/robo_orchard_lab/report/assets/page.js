@@ -263,8 +263,9 @@
       this.host = el("div", { class: "plot", tabIndex: 0, role: "img", "aria-label": this.summary() });
       this.legend = el("div", { class: "legend" });
       this.step = el("span", { class: "soft" });
+      this.notes = el("div", {}, this.lost());
       this.node = el("figure", { class: "chart" },
-        el("figcaption", {}, el("h3", {}, title), this.step), this.host, this.legend, this.lost());
+        el("figcaption", {}, el("h3", {}, title), this.step), this.host, this.legend, this.notes);
       this.host.addEventListener("keydown", (event) => this.key(event));
     }
 
@@ -335,6 +336,25 @@
       this.plot = new uPlot(options, this.data(), this.host);
       if (state.zoom) this.plot.setScale("x", state.zoom);
       this.buttons();
+    }
+
+    // Show new values; the zoom and the hidden curves stay.
+    update(series) {
+      const names = (of) => of.map((s) => s.name).join("\n");
+      const isSame = names(series) === names(this.series);
+      const hidden = new Set(this.series.filter((s, i) => !this.shown[i]).map((s) => s.name));
+      this.series = series;
+      this.shown = series.map((s) => !hidden.has(s.name));
+      this.host.setAttribute("aria-label", this.summary());
+      this.notes.replaceChildren(...this.lost());
+      if (!this.plot) return;
+      if (!isSame) this.draw();
+      else if (state.zoom) {
+        const zoom = state.zoom;
+        this.plot.setData(this.data(), false);
+        this.plot.setScale("x", zoom);
+      } else this.plot.setData(this.data());
+      this.values();
     }
 
     undraw() {
@@ -806,24 +826,105 @@
 
   // --- page --------------------------------------------------------------------------------
 
-  function build() {
+  function content(curves) {
     const run = runs[0];
     const sections = several
-      ? [...comparisonSection(), curvesSection()]
-      : [curvesSection(), evaluationSection(run), mediaSection(run), timelineSection(run), checkpointSection(run), hooksSection(run), traceSection(run), configurationSection(run), environmentSection(run)];
+      ? [...comparisonSection(), curves]
+      : [curves, evaluationSection(run), mediaSection(run), timelineSection(run), checkpointSection(run), hooksSection(run), traceSection(run), configurationSection(run), environmentSection(run)];
     const present = sections.filter(Boolean);
     const titles = present.map((s) => [s.id, s.querySelector("h2").textContent]);
     const note = several ? count(runs.length, "run") : `${run.verdict.started_at ? `started ${time(run.verdict.started_at)} UTC · ` : ""}${run.folder}`;
-    page.append(
+    return [
       el("a", { class: "skip", href: "#curves" }, "Skip to the curves"),
       el("header", { class: "top" }, el("div", {}, el("h1", {}, several ? "Comparison of runs" : run.name), el("div", { class: "soft" }, note)), themeButton()),
       ...(several ? [] : [verdictCard(run), problemsCard(run)].filter(Boolean)),
       el("nav", { "aria-label": "Sections" }, titles.map(([id, title]) => el("a", { href: `#${id}` }, title))),
       ...present,
-      el("footer", {}, `Written ${time(data.generated_at)} UTC by robo-orchard-lab.`));
-    for (const chart of charts) {
-      near.observe(chart.host);
-      sized.observe(chart.host);
+      el("footer", {}, `Written ${time(data.generated_at)} UTC by robo-orchard-lab.`)];
+  }
+
+  const written = new WeakMap(); // markup of each part of the page as it was built
+
+  function keep(node, curves) {
+    if (node !== curves) written.set(node, node.outerHTML);
+    return node;
+  }
+
+  function observe(chart) {
+    near.observe(chart.host);
+    sized.observe(chart.host);
+  }
+
+  function build() {
+    const curves = curvesSection();
+    page.append(...content(curves).map((node) => keep(node, curves)));
+    charts.forEach(observe);
+  }
+
+  // Show a newer state of the run: charts keep zoom, and parts of the page that are equal stay.
+  function update(fresh) {
+    runs[0] = fresh.runs[0];
+    data.generated_at = fresh.generated_at;
+    const old = document.getElementById("curves");
+    const before = new Set(charts);
+    const curves = old && updateCharts(old) ? old : curvesSection();
+    const nameOf = (node) => node.id || node.className || node.tagName;
+    const parts = new Map([...page.children].map((node) => [nameOf(node), node]));
+    let last = null;
+    for (const node of content(curves)) {
+      let shown = parts.get(nameOf(node));
+      parts.delete(nameOf(node));
+      const isEqual = shown && (shown === node || written.get(shown) === node.outerHTML);
+      if (!isEqual) {
+        keep(node, curves);
+        if (shown) replacePart(shown, node);
+        else if (last) last.after(node);
+        else page.prepend(node);
+        shown = node;
+      }
+      last = shown;
+    }
+    for (const node of parts.values()) node.remove();
+    charts.filter((chart) => !before.has(chart)).forEach(observe);
+  }
+
+  // Update all charts of the section; false if the groups of curves changed.
+  function updateCharts() {
+    const found = new Map(groups());
+    const known = charts.map((chart) => chart.title);
+    if (known.length !== found.size || !known.every((title) => found.has(title))) {
+      for (const chart of charts) chart.undraw();
+      charts.length = 0;
+      return false;
+    }
+    for (const chart of charts) chart.update(found.get(chart.title));
+    return true;
+  }
+
+  function replacePart(old, fresh) {
+    const each = (selector, copy) => {
+      const made = fresh.querySelectorAll(selector);
+      old.querySelectorAll(selector).forEach((node, i) => { if (made[i]) copy(node, made[i]); });
+    };
+    const places = [];
+    each("details", (from, to) => { to.open = from.open; });
+    each(".scroll", (from, to) => places.push([to, from.scrollTop, from.scrollLeft]));
+    each("a, button, input, summary, [tabindex]", (from, to) => { if (from === document.activeElement) places.push([to]); });
+    each(".tool[aria-pressed]", (from, to) => {
+      const pressed = from.getAttribute("aria-pressed");
+      if (pressed === to.getAttribute("aria-pressed")) return;
+      if (fresh.id === "curves") to.setAttribute("aria-pressed", pressed);
+      else to.click();
+    });
+    old.replaceWith(fresh);
+    each("input", (from, to) => {
+      if (from.value === from.defaultValue) return;
+      to.value = from.value;
+      to.dispatchEvent(new Event("input"));
+    });
+    for (const [node, top, left] of places) {
+      if (top === undefined) node.focus({ preventScroll: true });
+      else node.scrollTo(left, top);
     }
   }
 
@@ -842,5 +943,5 @@
     else delete document.documentElement.dataset.theme;
     redraw();
   });
-  window.report = { data, charts, drawAll, setZoom, state };
+  window.report = { data, charts, drawAll, setZoom, state, update };
 })();
