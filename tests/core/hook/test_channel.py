@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from robo_orchard_core.utils.hook import (
     HookContext,
     HookContextChannel,
     HookContextFromCallable,
+    HookEntry,
     HookRegistrationError,
     HookSignatureError,
     RemovableHandle,
@@ -34,6 +36,26 @@ def trace_of(channel: HookContextChannel[Trace]) -> Trace:
     trace: Trace = []
     channel.run(trace, lambda trace: trace.append("body"))
     return trace
+
+
+def wrapped(channel: HookContextChannel[Trace], name: str) -> RemovableHandle:
+    """Wrap a channel: note each function, and add an outermost and an innermost entry."""
+
+    def noting(function: Any) -> Any:
+        def run(trace: Trace) -> None:
+            trace.append(f"{name}:")
+            function(trace)
+
+        return function and run
+
+    def wrapper(entries: Any) -> Any:
+        outer, inner = recording(f"outer {name}"), recording(f"inner {name}")
+        yield HookEntry(-1, outer, *outer.functions(), None)
+        for entry in entries:
+            yield replace(entry, before=noting(entry.before), after=noting(entry.after))
+        yield HookEntry(-1, inner, *inner.functions(), None)
+
+    return channel.wrap(wrapper)
 
 
 def nested(names: list[str]) -> Trace:
@@ -437,3 +459,78 @@ def test_a_channel_of_another_name_is_refused() -> None:
     with pytest.raises(HookRegistrationError, match=r"on_epoch requires .* the channel on_step"):
         epoch.register(step)
     assert len(epoch) == 0
+
+
+def test_wrapper_replaces_and_adds_entries() -> None:
+    """A wrapped channel runs the entries that the wrapper returns, and describes the hooks."""
+    channel = HookContextChannel[Trace]("on_step")
+    channel.register(recording("a"))
+    before = repr(channel)
+    handle = wrapped(channel, "w")
+    assert trace_of(channel) == [
+        *("before outer w", "w:", "before a", "before inner w", "body"),
+        *("after inner w", "w:", "after a", "after outer w"),
+    ]
+    assert repr(channel) == before
+    assert len(channel) == 1
+    handle.remove()
+    assert trace_of(channel) == nested(["a"])
+
+
+def test_wrapper_of_a_registered_channel_sees_all_hooks() -> None:
+    """The wrapper of a channel applies to the hooks of the channel in which it is registered."""
+    outer, inner = HookContextChannel[Trace]("on_step"), HookContextChannel[Trace]("on_step")
+    outer.register(recording("a"))
+    handle = outer.register(inner)
+    wrapped(inner, "w")
+    assert trace_of(outer)[:4] == ["before outer w", "w:", "before a", "before inner w"]
+    outer.register(recording("b"))  # wrapped from the next entry on
+    assert trace_of(outer)[3:5] == ["w:", "before b"]
+    handle.remove()
+    assert trace_of(outer) == nested(["a", "b"])
+
+
+def test_wrappers_nest() -> None:
+    """A later wrapper gets the entries of an earlier one."""
+    channel = HookContextChannel[Trace]("on_step")
+    wrapped(channel, "first")
+    wrapped(channel, "second")
+    assert trace_of(channel)[:4] == [
+        *("before outer second", "second:", "before outer first", "second:"),
+    ]
+
+
+def test_wrapped_channel_without_hooks_runs_its_entries() -> None:
+    """A channel without hooks runs the entries that a wrapper adds, and is still empty."""
+    channel = HookContextChannel[Trace]("on_step")
+    handle = wrapped(channel, "w")
+    assert trace_of(channel) == [
+        *("before outer w", "before inner w", "body", "after inner w", "after outer w"),
+    ]
+    assert len(channel) == 0
+    handle.remove()
+    assert trace_of(channel) == ["body"]
+
+
+@pytest.mark.parametrize("failing", ["outer w", "b", "inner w", "body"])
+def test_failure_in_a_wrapped_channel(failing: str) -> None:
+    """After an error, exactly the entered entries exit, those of the wrapper included."""
+    channel = HookContextChannel[Trace]("on_step")
+    for name in ("a", "b", "c"):
+        channel.register(recording(name))
+    wrapped(channel, "w")
+
+    class Failing(list[str]):
+        def append(self, text: str) -> None:
+            super().append(text)
+            if text in (f"before {failing}", failing):
+                raise RuntimeError("on purpose")
+
+    trace = Failing()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        channel.run(trace, lambda trace: trace.append("body"))
+    order = ["outer w", "a", "b", "c", "inner w", "body"]
+    entered = order[: order.index(failing)]
+    assert [text for text in trace if text.startswith("after")] == [
+        f"after {name}" for name in reversed(entered)
+    ]

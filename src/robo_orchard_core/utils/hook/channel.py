@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from operator import length_hint
 from types import GenericAlias
 from typing import Any, Generic, Protocol, Self, TypeAlias, TypeVar
@@ -86,18 +87,31 @@ class HookEntry(Generic[ArgsT]):
         return self.owner.name if self.owner is not None else type(self.context).__name__
 
 
+EntryWrapper: TypeAlias = Callable[[tuple[HookEntry[ArgsT], ...]], Iterable[HookEntry[ArgsT]]]
+"""Function that returns the entries to run in place of a channel's entries."""
+
+
 class Plan(Generic[ArgsT]):
-    """Immutable, precomputed functions of a channel; rebuilt after each change."""
+    """Immutable, precomputed functions of a channel; rebuilt after each change.
 
-    __slots__ = ("afters", "befores", "channel", "entries", "to_enter", "to_exit")
+    ``entries`` are the registered hooks, ``to_run`` what wrappers made of them.
+    """
 
-    def __init__(self, channel: str, entries: tuple[HookEntry[ArgsT], ...]) -> None:
+    __slots__ = ("afters", "befores", "channel", "entries", "to_enter", "to_exit", "to_run")
+
+    def __init__(
+        self,
+        channel: str,
+        entries: tuple[HookEntry[ArgsT], ...],
+        to_run: tuple[HookEntry[ArgsT], ...] | None = None,
+    ) -> None:
         self.channel = channel
         self.entries = entries
-        self.to_enter = tuple(entry for entry in entries if entry.before is not None)
-        self.to_exit = tuple(entry for entry in reversed(entries) if entry.after is not None)
-        self.befores = tuple(entry.before for entry in entries if entry.before is not None)
-        self.afters = tuple(entry.after for entry in reversed(entries) if entry.after is not None)
+        self.to_run = to_run = entries if to_run is None else to_run
+        self.to_enter = tuple(entry for entry in to_run if entry.before is not None)
+        self.to_exit = tuple(entry for entry in reversed(to_run) if entry.after is not None)
+        self.befores = tuple(entry.before for entry in to_run if entry.before is not None)
+        self.afters = tuple(entry.after for entry in reversed(to_run) if entry.after is not None)
 
     def failed_to_enter(
         self, args: ArgsT, error: BaseException, entering: Iterator[HookFunction[ArgsT]]
@@ -105,8 +119,9 @@ class Plan(Generic[ArgsT]):
         """Exit entered hooks after a ``before`` raised ``error``."""
         failed = self.to_enter[len(self.to_enter) - length_hint(entering) - 1]
         self._note_origin(error, failed, "before")
-        entered = (entry for entry in self.to_exit if entry.position < failed.position)
-        self.unwind(args, error, entered)
+        entered = takewhile(lambda entry: entry is not failed, self.to_run)
+        to_exit = [entry for entry in entered if entry.after is not None]
+        self.unwind(args, error, reversed(to_exit))
 
     def failed_to_exit(
         self, args: ArgsT, error: BaseException, exiting: Iterator[HookFunction[ArgsT]]
@@ -351,13 +366,14 @@ class HookContextChannel(Generic[ArgsT]):
 
     __module__ = "robo_orchard_core.utils.hook"  # the public name, shown by print
 
-    __slots__ = ("_owner", "_parents", "_plan", "_registrations", "name")
+    __slots__ = ("_owner", "_parents", "_plan", "_registrations", "_wrappers", "name")
 
     def __init__(self, name: str, owner: HookOwner | None = None) -> None:
         self.name = name
         self._owner = owner
         self._registrations: list[_Registration[ArgsT]] = []
         self._parents: list[HookContextChannel[ArgsT]] = []
+        self._wrappers: list[EntryWrapper[ArgsT]] = []
         self._plan: Plan[ArgsT] | None = None  # None: rebuilt at the next use
 
     def register(self, hook: HookContext[ArgsT] | HookContextChannel[ArgsT]) -> RemovableHandle:
@@ -396,6 +412,23 @@ class HookContextChannel(Generic[ArgsT]):
             hook._parents.append(self)
         self._changed()
         return RemovableHandle(lambda: self._remove(registration))
+
+    def wrap(self, wrapper: EntryWrapper[ArgsT]) -> RemovableHandle:
+        """Run the entries that ``wrapper(entries)`` returns, for example with timed functions.
+
+        The wrapper is called after each change of the hooks, not at each entry: a channel without
+        wrappers has no cost. It may replace functions by :func:`dataclasses.replace`, and add
+        entries, but sees only the hooks of this channel and of the channels in which this one is
+        registered: of all of them, in the outermost. Descriptions show the registered hooks.
+        """
+        self._wrappers.append(wrapper)
+        self._changed()
+
+        def remove() -> None:
+            self._wrappers.remove(wrapper)
+            self._changed()
+
+        return RemovableHandle(remove)
 
     def unregister_all(self) -> None:
         """Remove all hooks and invalidate their handles."""
@@ -484,8 +517,17 @@ class HookContextChannel(Generic[ArgsT]):
             HookEntry(position, context, *context.functions(), owner)
             for position, (context, owner) in enumerate(self._flatten())
         )
-        self._plan = Plan(self.name, entries) if entries else EMPTY
+        to_run = entries
+        for wrapper in self._all_wrappers():
+            to_run = tuple(wrapper(to_run))
+        self._plan = Plan(self.name, entries, to_run) if entries or to_run else EMPTY
         return self._plan
+
+    def _all_wrappers(self) -> Iterator[EntryWrapper[ArgsT]]:
+        yield from self._wrappers
+        for registration in self._registrations:
+            if isinstance(registration.hook, HookContextChannel):
+                yield from registration.hook._all_wrappers()
 
 
 class _Registration(Generic[ArgsT]):
