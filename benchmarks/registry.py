@@ -33,6 +33,7 @@ BENCHMARKS = {
             "robo_orchard_lab", "the same by RoboOrchardLab, in its own place", "robo_orchard_lab"
         ),
         Benchmark("observing", "what default logging adds to a step, beside two peers'", "peers"),
+        Benchmark("profiling", "what the HookProfiler adds to a tiny step"),
         Benchmark("accumulation", "a tiny step, accumulating gradients over 4 batches"),
         Benchmark("bf16", "a tiny step, under bf16 autocast"),
         Benchmark("two_processes", "a tiny step in two processes, which exchange gradients"),

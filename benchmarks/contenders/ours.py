@@ -29,7 +29,9 @@ def train(job: Job, hook_count: int) -> None:
     make_trainer(job, hook_count)()
 
 
-def make_trainer(job: Job, hook_count: int, keyed_by: KeyedBy = "none") -> HookBasedTrainer:
+def make_trainer(
+    job: Job, hook_count: int, keyed_by: KeyedBy = "none", run_folder: str | None = None
+) -> HookBasedTrainer:
     """Return a trainer configured for loading without random numbers."""
 
     def forward(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,4 +49,5 @@ def make_trainer(job: Job, hook_count: int, keyed_by: KeyedBy = "none") -> HookB
         hooks=[NoopHook(f"noop_{position}") for position in range(hook_count)],
         max_epoch=1,
         data_order=DataOrder(keyed_by=keyed_by),
+        run_folder=run_folder,
     )

@@ -6,6 +6,7 @@ HOOK_MODULES = {
     "EMA": "ema",
     "FreezeHook": "freeze",
     "GradientClippingHook": "gradient_clipping",
+    "HookProfiler": "hook_profiler",
     "KeepBest": "keep_best",
     "LogImages": "log_images",
     "LossTracker": "loss_tracker",

@@ -67,6 +67,10 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
         {"max_norm": 1.5, "norm_type": 1.0, "optimizers": ["d"]},
         {"max_value": 0.5},
     ],
+    "HookProfiler": [
+        {"max_share": {"EMA": 0.05}, "trace_start_step": 3, "trace_steps": 2},
+        {"max_share": 0.5},
+    ],
     "KeepBest": [
         {
             "monitor": "eval/val/loss",

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from typing import TextIO
 
@@ -48,6 +48,24 @@ def one_line(text: object) -> str:
     'loss\\n2026-01-01 INFO all is well'
     """
     return visible(str(text), "")
+
+
+def aligned_lines(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Return the lines of a table: the first ``left`` columns left-aligned, numbers right-aligned.
+
+    >>> for line in aligned_lines([("module", "MiB"), ("head", "12.50")], left=1):
+    ...     print(line)
+    module    MiB
+    head    12.50
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.ljust(width) if column < left else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 class VisibleFormatter(logging.Formatter):

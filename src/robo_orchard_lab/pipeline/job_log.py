@@ -40,12 +40,12 @@ def job_logger(name: str) -> JobLogger:
     return JobLogger(logging.getLogger(name), {})
 
 
-def announce(logger: logging.Logger | JobLogger, text: str, *, is_routine: bool = False) -> None:
+def announce(logger: logging.Logger | JobLogger, text: object, *, is_routine: bool = False) -> None:
     """Log a line at level INFO, or print the line to standard error if the log drops the level.
 
     So a script without logging shows the line, with the time unless in a terminal. Nothing is
     printed if the level of the logger, or of a parent below the root, excludes INFO. On a full disk
-    the line is lost.
+    the line is lost. An object may have several lines, which the log indents.
     """
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info("%s", text, extra=ROUTINE if is_routine else None)
@@ -54,7 +54,7 @@ def announce(logger: logging.Logger | JobLogger, text: str, *, is_routine: bool 
     ):
         with suppress(OSError):
             at = "" if sys.stderr.isatty() else time.strftime("%Y-%m-%d %H:%M:%S ")
-            print(at + text, file=sys.stderr, flush=True)
+            print(f"{at}{text}", file=sys.stderr, flush=True)
 
 
 def own_level(logger: logging.Logger | JobLogger) -> int:

@@ -162,6 +162,9 @@ class PipelineRun:
     """Ids of each optimizer's parameters, and the parameters in the order of the model; a cache."""
     commit_seconds: float = 0.0
     """Total time in evaluations, logging points and saves, in seconds."""
+    stage_listeners: dict[str, Callable[[str, bool], Any]] = field(default_factory=dict)
+    """Function to call with ``logging`` or ``saving`` and True when such work of a commit point
+    begins, and with False when it ends, by hook name."""
     report: Report = field(init=False)
     """Images, text and tables of the run."""
     may_skip_batches: bool = False
@@ -221,6 +224,18 @@ class PipelineRun:
     def steps_per_epoch(self) -> int | None:
         """Number of steps in an epoch on this rank; None for data without a length."""
         return count_batches(self.dataloader) if self.data is None else self.data.steps_per_epoch
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Report the body as work of a commit point to :attr:`stage_listeners`."""
+        listeners = tuple(self.stage_listeners.values())
+        for listener in listeners:
+            listener(name, True)
+        try:
+            yield
+        finally:
+            for listener in listeners:
+                listener(name, False)
 
     def check_optimizer(self, name: str, owner: str, *setting: str | int) -> None:
         """Raise a ``PipelineConfigError`` if no optimizer has a name from a hook's setting.

@@ -137,6 +137,7 @@ CASES: dict[str, list[Case]] = {
         Case(lambda folder: built_in.GradientClippingHookConfig(max_norm=1e-3)),
         Case(lambda folder: built_in.GradientClippingHookConfig(max_value=1e-3)),
     ],
+    "HookProfiler": [Case(lambda folder: built_in.HookProfilerConfig(), (LOGGER,))],
     "KeepBest": [
         Case(
             lambda folder: built_in.KeepBestConfig(

@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from robo_orchard_lab.pipeline.hooks.gradient_clipping import (
         GradientClippingHookConfig as GradientClippingHookConfig,
     )
+    from robo_orchard_lab.pipeline.hooks.hook_profiler import HookProfiler as HookProfiler
+    from robo_orchard_lab.pipeline.hooks.hook_profiler import (
+        HookProfilerConfig as HookProfilerConfig,
+    )
     from robo_orchard_lab.pipeline.hooks.keep_best import KeepBest as KeepBest
     from robo_orchard_lab.pipeline.hooks.keep_best import KeepBestConfig as KeepBestConfig
     from robo_orchard_lab.pipeline.hooks.log_images import LogImages as LogImages

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch.nn.parameter import is_lazy
 
+from robo_orchard_core.utils.logging import aligned_lines
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import job_logger
@@ -113,14 +114,7 @@ class ModelSize:
             )
             for part in (*self.parts, self.total)
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(
-                text.ljust(width) if column < 2 else text.rjust(width)
-                for column, (text, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        )
+        return "\n".join(aligned_lines(rows, left=2))
 
 
 def summarize(model: torch.nn.Module, depth: int = 1) -> ModelSize:

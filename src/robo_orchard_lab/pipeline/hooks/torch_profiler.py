@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch.profiler import ProfilerAction, profile
+from torch.profiler import ProfilerAction, profile, record_function
 
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
+from robo_orchard_lab.pipeline.hook_times import with_ranges
 from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
+from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 
 logger = logging.getLogger(__name__)
@@ -29,8 +33,9 @@ class TorchProfilerHook(PipelineHooks):
     'TorchProfilerHook'
 
     A step is recorded until the start of the next one, so with its update and the wait for the next
-    batch. A run that ends or fails within the range writes the trace of its steps so far. A run
-    resumed within the range records the rest.
+    batch. The trace has a range for each channel and each function of a hook, such as ``on_batch``
+    and ``EMA on_optimizer_step.after``, around torch's operators. A run that ends or fails within
+    the range writes the trace of its steps so far. A run resumed within the range records the rest.
 
     - Ranks: all; each writes to ``<folder>/rank<i>``.
     - State: none.
@@ -50,6 +55,7 @@ class TorchProfilerHook(PipelineHooks):
         self._first_step = 0
         self._last_step = 0
         self._has_failed = False
+        self._ranges = ExitStack()  # wrappers of channels while the profiler runs
         self.on_loop.after(self._close)
         self.on_step.before(self._step)
 
@@ -85,9 +91,13 @@ class TorchProfilerHook(PipelineHooks):
             with_stack=cfg.with_stack,
         )
         self._profiler.start()
+        for channel in CHANNEL_NAMES:
+            wrapper = partial(with_ranges, channel, self, record_function)
+            self._ranges.enter_context(self.get_channel(channel).wrap(wrapper))
 
     def _close(self, args: PipelineHookArgs) -> None:
         profiler, self._profiler = self._profiler, None
+        self._ranges.close()
         if profiler is not None:
             self._guarded(profiler.stop)  # device sync; writes the trace
 
@@ -111,6 +121,7 @@ class TorchProfilerHook(PipelineHooks):
             function(*args)
         except Exception:  # a lost trace must not end the run
             logger.exception("%s: profiling failed; training continues", self.name)
+            self._ranges.close()
             self._profiler = None
             self._has_failed = True
 

@@ -98,7 +98,8 @@ class CommitPoint:
         """Log the remaining metrics at the end of the loop, and report a granted stop."""
         run, metrics, stop = self._run, self._run.metrics, self._run.requests.stop_request
         if not self._all_logged:
-            metrics.flush_partial(run.accelerator)
+            with run.stage("logging"):
+                metrics.flush_partial(run.accelerator)
         run.retry_writes()
         run.failures += filter(None, (output.error() for output in run.outputs.values()))
         # A stopped run, or a short one, may end before its first evaluation.
@@ -164,15 +165,26 @@ class CommitPoint:
             if not names and not log and not run.metrics.has_due_metrics():
                 break
             logged, all_logged = logged or log, log
-            run.metrics.flush(log, run.accelerator)
+            with run.stage("logging"):
+                run.metrics.flush(log, run.accelerator)
         weights, writes = requests.pop(SaveWeightsRequest), requests.pop(WriteRequest)
         if evaluated or weights or writes or requests.pending:  # of a save or a stop
-            run.retry_writes()
+            with run.stage("saving"):
+                self._write(weights, writes)
+        stage.enter("training")
+        run.commit_seconds += perf_counter() - began_at
+        return all_logged
+
+    def _write(self, weights: list[SaveWeightsRequest], writes: list[WriteRequest]) -> None:
+        """Execute requests to write; checkpoints last. A check may request a rollback instead."""
+        run, requests = self._run, self._run.requests
+        run.retry_writes()
         if (weights or writes or requests.pending) and not run.should_defer_saves():
             for check in tuple(run.before_saves.values()):
                 check()
             if requests.rollback_request is not None:
-                return all_logged
+                return
+        stage = run.state_file.stage
         if weights or writes:
             stage.enter("saving")
         for request in weights:
@@ -183,9 +195,6 @@ class CommitPoint:
         if not run.should_defer_saves() and (saves := requests.pop(SaveRequest)):
             stage.enter("saving")
             _save(run, saves)
-        stage.enter("training")
-        run.commit_seconds += perf_counter() - began_at
-        return all_logged
 
 
 def _evaluations_to_run(run: PipelineRun, requests: list[EvaluateRequest]) -> list[str]:
