@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium.spaces import Box
 
 from robo_orchard_lab.policy.samples import Reach
 
@@ -86,6 +87,13 @@ class FaultyReach(Reach):
 
 def make_reach(**arguments: Any) -> FaultyReach:
     return FaultyReach(**arguments)
+
+
+def make_three() -> FaultyReach:
+    """Return an environment with another action space than the policy's."""
+    environment = FaultyReach()
+    environment.action_space = Box(-1.0, 1.0, (3,), np.float32)
+    return environment
 
 
 def make_without_package() -> FaultyReach:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from robo_orchard_lab.pipeline import HookBasedTrainer, SimpleBatchProcessor
 from tiny import make_trainer
@@ -70,12 +70,25 @@ def demonstrations(count: int = 16) -> list[dict[str, torch.Tensor]]:
     ]
 
 
+class Demonstrations(Dataset[dict[str, torch.Tensor]]):
+    """Dataset of `demonstrations`, for experiment files."""
+
+    def __init__(self) -> None:
+        self.samples = demonstrations()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.samples[index]
+
+
 def make_policy_trainer(hooks: Any, policy: ReachPolicy, **options: Any) -> HookBasedTrainer:
     """Return a trainer of a policy on 4 batches of demonstrations."""
     return make_trainer(
         hooks,
         model=policy,
-        loader=DataLoader(demonstrations(), batch_size=4),  # type: ignore[arg-type]  # a list
+        loader=DataLoader(Demonstrations(), batch_size=4),
         batch_processor=SimpleBatchProcessor.from_callable(
             lambda model, batch: (None, model(batch))
         ),

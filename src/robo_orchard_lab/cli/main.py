@@ -41,6 +41,7 @@ COMMANDS = {
         "test": ("Evaluate the saved weights on test sets.", f"{_COMMANDS}.train:test"),
         "predict": ("Write a model's outputs for each sample.", f"{_COMMANDS}.train:predict"),
         "export": ("Export the model by torch.export or to ONNX.", f"{_COMMANDS}.train:export"),
+        "rollout": ("Run episodes of a policy; print its success.", f"{_COMMANDS}.rollout:rollout"),
         "prove-resume": ("Prove that a run resumes exactly.", f"{_COMMANDS}.train:prove_resume"),
         "report": ("Write the HTML report of runs.", f"{_COMMANDS}.report:report"),
         "runs": ("List runs with state and best metric.", f"{_COMMANDS}.report:runs"),

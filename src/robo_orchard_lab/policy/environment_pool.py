@@ -63,7 +63,6 @@ class _Worker:
         except Exception as error:  # of any object in the factory's arguments
             self.kill()
             raise RolloutError(_not_importable(factory, error)) from error
-        self.spec: EnvironmentSpec | None = None
         self.seed: int | None = None
         self.step = 0
 
@@ -121,6 +120,7 @@ class EnvironmentPool:
         self._factory = factory
         self._step_timeout_s = step_timeout_s
         self._workers: list[_Worker | None] = [None] * size
+        self._spec: EnvironmentSpec | None = None  # of the first environment
         atexit.register(self.kill)
 
     def __enter__(self) -> Self:
@@ -146,25 +146,25 @@ class EnvironmentPool:
         return [worker.process.pid for worker in self._workers if worker is not None]
 
     def spec(self) -> EnvironmentSpec:
-        """Return the properties of the environment; starts a worker if none runs.
+        """Return the properties of the environment; the first call may start a worker.
 
         Raises:
             RolloutError: the environment can't be created.
         """
-        found = next((w.spec for w in self._workers if w is not None and w.spec), None)
-        if found is None:
-            started = self._start([0])
-            if isinstance(error := started[0], RolloutError):
-                raise error
-            worker = self._workers[0]
-            assert worker is not None
-            assert worker.spec is not None
-            found = worker.spec
-        return found
+        if self._spec is None and (error := self._start([0])[0]) is not None:
+            raise error
+        assert self._spec is not None
+        return self._spec
 
     def reset(self, seeds: Mapping[int, int]) -> dict[int, Any]:
-        """Reset environments, given seeds by slot; return an observation or error by slot."""
+        """Reset environments, given seeds by slot; return an observation or error by slot.
+
+        Raises:
+            RolloutError: no environment could be created yet.
+        """
         found = self._start([slot for slot in seeds if self._workers[slot] is None])
+        if self._spec is None:
+            raise next(error for error in found.values() if error is not None)
         for slot, error in found.items():
             if error is not None:
                 error.seed = seeds[slot]
@@ -224,9 +224,7 @@ class EnvironmentPool:
                 _add_notes(found[slot], reply)
                 self._drop(slot)
             else:
-                worker = self._workers[slot]
-                assert worker is not None
-                worker.spec, found[slot] = reply, None
+                self._spec, found[slot] = reply, None
         return found
 
     def _ask(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:

@@ -76,10 +76,10 @@ class Normalizer(nn.Module):
 def _tensor(statistics: Mapping[str, Sequence[Any]], name: str) -> torch.Tensor:
     if name not in statistics:
         raise ValueError(f"expected the statistic {name!r}, found {', '.join(statistics) or None}")
-    values = torch.tensor(statistics[name], dtype=torch.float32)
+    values = torch.tensor(statistics[name], dtype=torch.float32, device="cpu")
     if not torch.isfinite(values).all():
         raise ValueError(
             f"expected finite statistics, found {name} = {values.tolist()}; "
             "remove the episodes with NaN or infinite values from the dataset"
         )
-    return values
+    return values.to(torch.get_default_device())  # meta where only shapes are wanted

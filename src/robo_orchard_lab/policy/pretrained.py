@@ -19,6 +19,7 @@ from robo_orchard_lab.experiment.catalogue import ExperimentTrust, with_definiti
 from robo_orchard_lab.experiment.initial_weights import SavedWeights
 from robo_orchard_lab.experiment.parts import ModelPart
 from robo_orchard_lab.pipeline.checkpoint import non_finite_names, pack_weights
+from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.hooks.save_model import (
     CONFIG_FILE,
     MODEL_FOLDER,
@@ -26,6 +27,7 @@ from robo_orchard_lab.pipeline.hooks.save_model import (
     config_json,
 )
 from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file
+from robo_orchard_lab.pipeline.trainer.rank_state import check_tensors
 from robo_orchard_lab.policy.rollouts import check_policy
 
 _MAX_CONFIG_BYTES = 16 << 20
@@ -68,6 +70,7 @@ def load_policy(path: str | os.PathLike[str], trust: TrustLike = ()) -> Any:
     """Load a policy in evaluation mode on the CPU; a stranger's folder is safe.
 
     No code runs but that of the classes in the catalogue of experiment files and of trusted ones.
+    The class is built on torch's meta device first, so its constructor must not read tensors.
 
     Args:
         path: folder of `save_policy` or `SaveModel`, or a run folder with ``pretrained_model/``.
@@ -87,15 +90,25 @@ def load_policy(path: str | os.PathLike[str], trust: TrustLike = ()) -> Any:
         )
     file = folder / CONFIG_FILE
     try:
-        policy = _read_config(file, trust).policy()
+        make = _read_config(file, trust).policy
     except ConfigError as error:
         error.source = error.source or str(file)
         raise
+    saved = SavedWeights.from_file(folder / WEIGHTS_FILE)
+    try:
+        # Without memory at first: the sizes in a stranger's config may be those of no weights.
+        with torch.device("meta"):
+            described = make()
+        if problem := check_policy(described):
+            raise ConfigError(f"{file}: {problem}")
+        what = f"{saved.path} has the weights of another policy than {CONFIG_FILE}"
+        check_tensors(what, described.state_dict(), saved.weights)
+        policy = make()
+    except (ConfigError, StateError):
+        raise
     except Exception as error:  # of any constructor
         raise ConfigError(f"{file}: can't build the policy: {error}") from error
-    if problem := check_policy(policy):
-        raise ConfigError(f"{file}: {problem}")
-    SavedWeights.from_file(folder / WEIGHTS_FILE).load_into(policy)
+    saved.load_into(policy)
     return policy.eval()
 
 

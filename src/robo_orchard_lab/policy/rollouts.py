@@ -219,14 +219,13 @@ class Rollouts:
         with isolated_rng({}):
             torch.manual_seed(group[0])
             observations = self.pool.reset({slot: row.seed for slot, row in rows.items()})
-            spec = self.pool.spec() if any(map(_is_valid, observations.values())) else None
+            spec = self.pool.spec()
             for slot, row in rows.items():
                 if isinstance(found := observations[slot], RolloutError):
                     self._fail(row, found)
                 elif stride is not None:
                     self._add_frames(row, [self.pool.render(slot)])
             while active := {slot: row for slot, row in rows.items() if not row.is_done}:
-                assert spec is not None
                 self._advance(active, observations, spec, stride)
                 record_heartbeat()
         return [*rows.values()]
@@ -409,10 +408,6 @@ def to_batch(observations: Sequence[Any]) -> dict[str, torch.Tensor]:
             values = values.permute(0, 3, 1, 2).float() / 255
         batch[key] = values.float()
     return batch
-
-
-def _is_valid(observation: Any) -> bool:
-    return not isinstance(observation, RolloutError)
 
 
 def _non_finite(
