@@ -22,6 +22,7 @@ from robo_orchard_lab.data.lerobot.format import (
     read_info,
     read_table,
     read_tasks,
+    require,
 )
 from robo_orchard_lab.data.lerobot.statistics import (
     ImageStatistics,
@@ -182,7 +183,9 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         return offsets
 
     def _check_videos(self) -> None:
-        """Check that all video files exist, before training starts."""
+        """Check that PyAV and all video files exist, before training starts."""
+        if self.cameras:
+            require("av", "cameras of a LeRobotDataset")
         chosen = np.asarray(self.episode_indices)
         for key in self.cameras:
             if self._info.features[key].dtype != "video":
@@ -300,42 +303,59 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         return len(self._frames)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
+        row = index + len(self) if index < 0 else index
+        self._check_rows(index, row, row)
+        frames = self._frames
+        first, last = int(frames.first[row]), int(frames.last[row])
+        sample: dict[str, Any] = {}
+        for name in self._names:
+            column = frames.columns.get(name)
+            offsets = self._offsets.get(name)
+            if offsets is None and isinstance(column, torch.Tensor):
+                sample[name] = column[row].clone()  # else a change would reach the dataset
+            elif offsets is None:
+                sample[name] = self._values(name, torch.tensor([row]))[0]
+            else:
+                wanted = offsets + row
+                clamped = wanted.clamp(first, last)
+                sample[name] = self._values(name, clamped)
+                sample[f"{name}_is_pad"] = wanted != clamped
+        if "task_index" in sample:
+            sample["task"] = self.tasks[int(sample["task_index"])]
+        return sample
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return the samples of a batch; columns are gathered, and videos decoded, in one pass."""
         rows = torch.tensor([*indices], dtype=torch.int64)
         rows = torch.where(rows < 0, rows + len(self), rows)
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
-            raise IndexError(f"expected indices below {len(self)}, found {[*indices]!r:.80}")
+        if len(rows):
+            self._check_rows([*indices], int(rows.min()), int(rows.max()))
+        first, last = self._frames.first[rows], self._frames.last[rows]
         columns: dict[str, Any] = {}
-        frames = self._frames
-        first, last = frames.first[rows], frames.last[rows]
         for name in self._names:
-            feature = self._info.features[name]
             if (offsets := self._offsets.get(name)) is None:
-                columns[name] = self._values(name, feature, rows)
+                columns[name] = self._values(name, rows)
                 continue
             wanted = rows[:, None] + offsets
             clamped = wanted.clamp(first[:, None], last[:, None])
-            values = self._values(name, feature, clamped.flatten())
-            if isinstance(values, torch.Tensor):
-                columns[name] = values.unflatten(0, clamped.shape).unbind()
-            else:
-                size = len(offsets)
-                columns[name] = [values[at : at + size] for at in range(0, len(values), size)]
-            columns[f"{name}_is_pad"] = (wanted != clamped).unbind()
-        if "task_index" in self._names:
-            task_index = frames.columns["task_index"]
-            assert isinstance(task_index, torch.Tensor)
-            columns["task"] = [self.tasks[number] for number in task_index[rows].tolist()]
-        parts = [
-            each.unbind() if isinstance(each, torch.Tensor) else each for each in columns.values()
+            values = self._values(name, clamped.flatten())
+            size = len(offsets)
+            columns[name] = [values[at : at + size] for at in range(0, len(values), size)]
+            columns[f"{name}_is_pad"] = wanted != clamped
+        if "task_index" in columns:
+            columns["task"] = [self.tasks[number] for number in columns["task_index"].tolist()]
+        return [
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
         ]
-        return [dict(zip(columns, values, strict=True)) for values in zip(*parts, strict=True)]
 
-    def _values(self, name: str, feature: Feature, rows: torch.Tensor) -> Any:
+    def _check_rows(self, indices: Any, least: int, largest: int) -> None:
+        if least < 0 or largest >= len(self):
+            raise IndexError(f"expected indices below {len(self)}, found {indices!r:.80}")
+
+    def _values(self, name: str, rows: torch.Tensor) -> Any:
         """Return the values of a column at some rows: a tensor, or a list of texts."""
+        feature = self._info.features[name]
         if feature.is_camera:
             return torch.stack(self._images(name, feature, rows)).float().div_(255)
         column = self._frames.columns[name]
