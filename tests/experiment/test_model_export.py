@@ -192,7 +192,7 @@ def test_an_existing_file_stays(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_predictions_in_parquet_have_a_row_for_each_sample() -> None:
     """Arrays become lists of a fixed size; the values are those of the safetensors file."""
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
     from safetensors.torch import load_file
 
     train()

@@ -55,7 +55,7 @@ def write_dataset(
 ) -> Path:
     """Write a dataset with one episode of each length."""
     chosen = features or {"observation.state": STATE, "action": ACTION}
-    with LeRobotWriter(folder, fps=fps, features=chosen, codec="h264", **options) as writer:
+    with LeRobotWriter(folder, fps=fps, features=chosen, **{"codec": "h264", **options}) as writer:
         for episode, length in enumerate(lengths):
             record_episode(writer, chosen, episode, length)
     return folder

@@ -165,8 +165,8 @@ class Predictions:
         return buffer.getvalue()
 
     def _to_parquet(self) -> bytes:
-        import pyarrow as pa  # type: ignore[import-untyped]  # has no stubs
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
         columns: dict[str, Any] = {INDEX: pa.array(self.indices, pa.int64())}
         for name, column in self.outputs.items():
