@@ -31,7 +31,8 @@
   function table(headings, rows, label, tall) {
     const head = headings.map((h) => {
       const heading = typeof h === "object" ? h : { text: h };
-      return el("th", { scope: "col", class: heading.class, "aria-sort": heading.sort }, heading.node || heading.text);
+      const content = heading.node || heading.text; // a cell without text heads nothing
+      return content ? el("th", { scope: "col", class: heading.class, "aria-sort": heading.sort }, content) : el("td", {});
     });
     const body = rows.map((row) => {
       const cells = row.cells || row;
@@ -40,7 +41,7 @@
         return plain ? el("td", {}, cell) : el("td", { class: cell.class, title: cell.title }, cell.content);
       }));
     });
-    return el("div", { class: tall ? "scroll tall" : "scroll", tabIndex: 0, role: "region", "aria-label": label },
+    return el("div", { class: tall ? "scroll tall" : "scroll", tabIndex: 0, role: "region", "aria-label": `Table: ${label}` },
       el("table", {}, el("thead", {}, el("tr", {}, head)), el("tbody", {}, body)));
   }
 
@@ -265,7 +266,7 @@
       this.step = el("span", { class: "soft" });
       this.notes = el("div", {}, this.lost());
       this.node = el("figure", { class: "chart" },
-        el("figcaption", {}, el("h3", {}, title), this.step), this.host, this.legend, this.notes);
+        el("figcaption", {}, el("h3", {}, title || "(no name)"), this.step), this.host, this.legend, this.notes);
       this.host.addEventListener("keydown", (event) => this.key(event));
     }
 
@@ -557,7 +558,7 @@
     return section("timeline", "Timeline", el("div", { class: "lanes", "aria-hidden": "true" }, drawn,
       el("div", { class: "lane soft" }, el("span", {}), el("span", { class: "top" }, el("span", {}, "step 0"), el("span", {}, `step ${number(end)}`)))),
     el("details", { open: notable > 0 && run.verdict.state !== "completed" }, el("summary", {}, `All ${count(run.events.length, "event")}`),
-      table([{ text: "step", class: "number" }, "time (UTC)", "event", ""], rows, "Events", true)));
+      table([{ text: "step", class: "number" }, "time (UTC)", "event", "details"], rows, "Events", true)));
   }
 
   function checkpointSection(run) {
@@ -665,7 +666,7 @@
     const facts = [`${count(profile.steps, "step")} after the first`, profile.step_s !== null && `median ${brief(profile.step_s)}`,
       profile.first_step_s && `first step ${brief(profile.first_step_s)}`, profile.device_idle_s !== null && `device idle ${brief(profile.device_idle_s)} between two steps`,
       profile.ranks > 1 && `rank 0 of ${profile.ranks}`].filter(Boolean);
-    return el("div", {}, el("h4", {}, "Time of a step"), el("p", { class: "soft" }, `${facts.join(", ")}; measured by HookProfiler.`),
+    return el("div", {}, el("h3", { class: "part" }, "Time of a step"), el("p", { class: "soft" }, `${facts.join(", ")}; measured by HookProfiler.`),
       table(["stage", { text: "a step", class: "number" }, { text: "share", class: "number" }, ""], rows, "Time of a step"));
   }
 
@@ -674,7 +675,7 @@
     const boxes = new Map();
     const box = (channel) => {
       if (!boxes.has(channel)) {
-        const [list, name] = [el("ol", {}), el("summary", {}, channel)];
+        const [list, name] = [el("ol", {}), el("summary", {}, channel || "(no name)")];
         boxes.set(channel, { list, name, node: el("details", { class: "channel", open: true }, name, list), used: false, share: 0, seconds: 0 });
       }
       return boxes.get(channel);
@@ -706,7 +707,7 @@
     }
     const changes = run.plan_changes.map((c) => [{ content: number(c.step), class: "number" }, { content: el("code", {}, c.what), class: "short" }, { content: c.before, class: "long" }, { content: c.after, class: "long" }]);
     return section("hooks", "Hooks", profileTable(run.profile),
-      changes.length ? el("div", {}, el("h4", {}, "Changes at resumes"), table([{ text: "after step", class: "number" }, "hook", "before", "after"], changes, "Changes of the hooks", changes.length > 12)) : null,
+      changes.length ? el("div", {}, el("h3", { class: "part" }, "Changes at resumes"), table([{ text: "after step", class: "number" }, "hook", "before", "after"], changes, "Changes of the hooks", changes.length > 12)) : null,
       run.plan.length ? [el("p", { class: "soft" }, "Channels are nested as they run; updates that the batch processor yields or makes itself run inside on_batch. The first hook of a channel is the outermost: its before runs first, its after last. Effects are listed where a hook appears first."), top] : null);
   }
 
@@ -731,8 +732,8 @@
     const changes = (items) => table(["field", "before", "after", ...(items.some((c) => c.start) ? ["start", "effect on resume"] : [])],
       items.map((c) => [{ content: el("code", {}, c.path), class: "short" }, el("code", {}, c.before), el("code", {}, c.after), ...(c.start ? [c.start, c.resume] : [])]), "Changes", items.length > 12);
     return section("configuration", "Configuration",
-      run.base ? el("div", {}, el("h4", {}, `Differences from ${run.base.file}`), run.base.changes.length ? changes(run.base.changes) : el("p", { class: "soft" }, "none")) : null,
-      run.changes.length ? el("div", {}, el("h4", {}, "Changes at resumes"), changes(run.changes)) : null,
+      run.base ? el("div", {}, el("h3", { class: "part" }, `Differences from ${run.base.file}`), run.base.changes.length ? changes(run.base.changes) : el("p", { class: "soft" }, "none")) : null,
+      run.changes.length ? el("div", {}, el("h3", { class: "part" }, "Changes at resumes"), changes(run.changes)) : null,
       values.length ? [el("div", { class: "controls" }, toggle), body] : null);
   }
 
@@ -835,7 +836,7 @@
     const titles = present.map((s) => [s.id, s.querySelector("h2").textContent]);
     const note = several ? count(runs.length, "run") : `${run.verdict.started_at ? `started ${time(run.verdict.started_at)} UTC · ` : ""}${run.folder}`;
     return [
-      el("a", { class: "skip", href: "#curves" }, "Skip to the curves"),
+      el("a", { class: "skip", href: `#${present[0].id}` }, `Skip to ${titles[0][1]}`),
       el("header", { class: "top" }, el("div", {}, el("h1", {}, several ? "Comparison of runs" : run.name), el("div", { class: "soft" }, note)), themeButton()),
       ...(several ? [] : [verdictCard(run), problemsCard(run)].filter(Boolean)),
       el("nav", { "aria-label": "Sections" }, titles.map(([id, title]) => el("a", { href: `#${id}` }, title))),
