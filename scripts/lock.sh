@@ -41,8 +41,8 @@ END
 # Resolve the project's requirements. Arguments go to `uv pip compile`.
 resolve() {
     "$work/venv/bin/uv" --directory "$work" pip compile pyproject.toml --quiet \
-        --python-version 3.11 --no-header --no-annotate --extra vision --extra metaworld --extra viewer --extra onnx \
-        "$@"
+        --python-version 3.11 --no-header --no-annotate --extra vision --extra metaworld \
+        --extra viewer --extra onnx --extra search "$@"
 }
 
 # Write the resolution $1 to the constraints file $2. A constraint holds only for a package that

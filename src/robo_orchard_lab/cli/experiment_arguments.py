@@ -103,6 +103,10 @@ class ExperimentArguments:
         added = Override(tuple(path.split(".")), value, None, Origin("command line", option))
         return replace(self, overrides=(added, *self.overrides))
 
+    def with_argument(self, argument: str) -> ExperimentArguments:
+        """Return these arguments with a further one, as typed: ``--optimizer.lr=0.1``."""
+        return replace(self, overrides=(*self.overrides, *_overrides([argument])))
+
     def within(self, folder: Path, **fields: str) -> ExperimentArguments:
         """Return these arguments for the run in a folder, with further fields."""
         from robo_orchard_lab.experiment.overrides import Origin, Override

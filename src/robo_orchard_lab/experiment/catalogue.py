@@ -80,6 +80,7 @@ DEFINITIONS = frozenset(CATALOGUE.values())
 
 _KINDS = {
     "robo_orchard_lab.pipeline.hooks": "a hook",
+    "robo_orchard_lab.search": "a hook",
     "robo_orchard_lab.pipeline.sinks": "a sink",
     "robo_orchard_lab.pipeline": "a batch processor",
     "robo_orchard_lab.policy": "a module",

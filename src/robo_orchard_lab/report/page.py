@@ -9,6 +9,7 @@ import uuid
 from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha256
@@ -43,32 +44,59 @@ _PAGE = """<!doctype html>
 """
 
 
-def render(folders: Sequence[Path], *, sort: str | None = None) -> str:
+@dataclass(frozen=True)
+class Table:
+    """Further table of a page, with a text below, such as a command."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def render(
+    folders: Sequence[Path],
+    *,
+    sort: str | None = None,
+    title: str | None = None,
+    tables: Sequence[Table] = (),
+) -> str:
     """Return the page of one run, or the comparison of several.
 
     Args:
         folders: run folders.
         sort: metric that sorts a comparison.
+        title: title of a comparison; by default the names of the runs.
+        tables: tables to show before the comparison.
     """
-    return to_html(*read_document(folders, sort=sort))
+    return to_html(*read_document(folders, sort=sort, title=title, tables=tables))
 
 
-def read_document(folders: Sequence[Path], *, sort: str | None = None) -> tuple[str, str]:
-    """Return title and data of the page of runs; the data is JSON that HTML can embed."""
+def read_document(
+    folders: Sequence[Path],
+    *,
+    sort: str | None = None,
+    title: str | None = None,
+    tables: Sequence[Table] = (),
+) -> tuple[str, str]:
+    """Return title and data of the page of runs, see `render`; HTML can embed the data."""
     runs = [read_story(folder, MAX_POINTS // len(folders)) for folder in folders]
     data: dict[str, Any] = {
         "generated_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "runs": runs,
+        "tables": [asdict(table) for table in tables],
     }
-    title = runs[0]["name"]
-    if len(runs) > 1:
+    heading: str = runs[0]["name"]
+    if len(runs) > 1 or tables:
         paths = [os.path.abspath(folder) for folder in folders]
+        common = os.path.commonpath(paths if len(paths) > 1 else [os.path.dirname(paths[0])])
         for run, path in zip(runs, paths, strict=True):
-            run["name"] = text(os.path.relpath(path, os.path.commonpath(paths)), limit=200)
+            run["name"] = text(os.path.relpath(path, common), limit=200)
         data["differences"] = [{"path": path, "values": v} for path, v in differing(runs)]
         data["sort"] = sort
-        title = f"Comparison: {' · '.join(run['name'] for run in runs)}"
-    return title, embeddable(data)
+        heading = title or f"Comparison: {' · '.join(run['name'] for run in runs)}"
+        data["title"] = text(title or "Comparison of runs", limit=200)
+    return heading, embeddable(data)
 
 
 def embeddable(data: Any) -> str:

@@ -4,7 +4,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const page = document.getElementById("page");
   const runs = data.runs;
-  const several = runs.length > 1;
+  const several = "differences" in data;
   const LIGHT = ["#0b6bcb", "#c2410c", "#15803d", "#7e22ce", "#b91c6b", "#0f766e", "#92600a", "#475569"];
   const DARK = ["#6cb6ff", "#ffa657", "#6ee7a0", "#c9a0ff", "#ff8ac4", "#5eead4", "#eac54f", "#a9b8c9"];
   const DASHES = [[], [6, 4], [2, 3]];
@@ -825,19 +825,24 @@
       : el("p", { class: "soft" }, "The configurations are equal, or were not recorded."))];
   }
 
+  function extraSection(extra, index) {
+    return section(`table-${index}`, extra.title, table(extra.headings, extra.rows, extra.title, extra.rows.length > 14),
+      extra.note ? el("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": "Command" }, el("pre", {}, extra.note)) : null);
+  }
+
   // --- page --------------------------------------------------------------------------------
 
   function content(curves) {
     const run = runs[0];
     const sections = several
-      ? [...comparisonSection(), curves]
+      ? [...data.tables.map(extraSection), ...comparisonSection(), curves]
       : [curves, evaluationSection(run), mediaSection(run), timelineSection(run), checkpointSection(run), hooksSection(run), traceSection(run), configurationSection(run), environmentSection(run)];
     const present = sections.filter(Boolean);
     const titles = present.map((s) => [s.id, s.querySelector("h2").textContent]);
     const note = several ? count(runs.length, "run") : `${run.verdict.started_at ? `started ${time(run.verdict.started_at)} UTC · ` : ""}${run.folder}`;
     return [
       el("a", { class: "skip", href: `#${present[0].id}` }, `Skip to ${titles[0][1]}`),
-      el("header", { class: "top" }, el("div", {}, el("h1", {}, several ? "Comparison of runs" : run.name), el("div", { class: "soft" }, note)), themeButton()),
+      el("header", { class: "top" }, el("div", {}, el("h1", {}, several ? data.title : run.name), el("div", { class: "soft" }, note)), themeButton()),
       ...(several ? [] : [verdictCard(run), problemsCard(run)].filter(Boolean)),
       el("nav", { "aria-label": "Sections" }, titles.map(([id, title]) => el("a", { href: `#${id}` }, title))),
       ...present,
