@@ -160,6 +160,19 @@ def test_plan_has_effects_as_data_and_as_a_flowchart(
     assert "found both" in capsys.readouterr().err
 
 
+def test_plan_is_text_without_rich(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a terminal without rich, the plan is the same text as in a file."""
+    monkeypatch.chdir(tmp_path)
+    main(["config", "init"])
+    text = shown(capsys, "hooks", "plan", "experiment.yaml")
+    monkeypatch.setitem(sys.modules, "rich.console", None)  # as if not installed
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert shown(capsys, "hooks", "plan", "experiment.yaml") == text
+
+
 def test_plan_draws_boxes_in_a_terminal(tmp_path: Path) -> None:
     """In a terminal of 80 columns, the channels are nested boxes without a wrapped source."""
     command = [sys.executable, "-m", "robo_orchard_lab"]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import gan
 from robo_orchard_core.utils.hook import HookContext, short_location
 from robo_orchard_lab.pipeline import CHANNEL_NAMES, PipelineHookArgs, PipelineHooks
 from robo_orchard_lab.pipeline.hooks import (
@@ -168,6 +169,38 @@ def test_an_attribute_for_another_purpose_is_no_declaration() -> None:
     assert (mine.reads, mine.changes, mine.requests) == (None, None, None)
     assert (declared.reads, declared.changes, declared.requests) == (("loss",), (), None)
     assert declared.effects == ["reads loss", "requests: not declared"]
+
+
+def test_unnamed_bundles_show_their_own_effects() -> None:
+    """Hooks of unnamed bundles have the names of their functions' contexts, if any."""
+    first, second = PipelineHooks(), PipelineHooks()
+    first.declare_effects(reads=["loss"])
+    second.declare_effects(changes=["metrics"])
+    first.register_hook("on_step", HookContext.from_callable(note, name="a"))
+    second.register_hook("on_step", HookContext.from_callable(note))
+    second.register_hook("on_step", HookContext.from_callable(None, note))
+    root = PipelineHooks.from_hooks([first, second])
+    root.register_hook("on_step", HookContext.from_callable(note, name="own"))
+    plan = RunPlan.of(root)
+    assert [hook.hook for hook in plan.hooks] == ["a", "PipelineHooks", "PipelineHooks", "own"]
+    lines = [line.strip() for line in str(plan).splitlines()]
+    assert (lines.count("reads loss"), lines.count("changes metrics")) == (1, 1)
+    assert repr(plan) == str(plan)
+
+
+def test_updates_of_several_optimizers_have_their_place() -> None:
+    """The plan says where on_optimizer_step opens for a yielded loss."""
+    model = gan.make_model()
+    trainer = make_trainer(
+        model=model,
+        loader=gan.make_batches(),
+        batch_processor=gan.GAN(),
+        optimizer=gan.adams(model),  # type: ignore[arg-type]  # of one optimizer in this helper
+        max_step=1,
+    )
+    said = "on_optimizer_step: one update of the weights, in on_batch for a yielded loss"
+    assert said in trainer.plan().to_text(100)
+    assert "changes model.weights, gradients, optimizer state" in str(trainer.plan())
 
 
 def test_the_hook_of_a_function_without_source_is_planned() -> None:

@@ -74,11 +74,11 @@ def test_a_hook_has_its_effects_and_costs(tmp_path: Path) -> None:
 
 def test_functions_of_one_hook_on_a_channel_have_their_own_costs(tmp_path: Path) -> None:
     """Several functions of a hook are matched in order."""
-    hooks = [entry("mine"), entry("mine", before=None)]
+    hooks = [entry("mine", before=None), entry("mine")]
     costs = [
-        cost("mine", "after", 0.3, position=5),
-        cost("mine", "before", 0.1),
-        cost("mine", "after", 0.1),
+        cost("mine", "after", 0.2, position=5),
+        cost("mine", "before", 0.1, position=5),
+        cost("mine", "after", 0.2),
     ]
     write(tmp_path, {"hooks": hooks}, {**PROFILE, "hooks": costs})
     plan = read_plan(tmp_path, Problems())["plan"]

@@ -11,8 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robo_orchard_core.utils.hook import FunctionInfo, short_location
+from robo_orchard_core.utils.hook import FunctionInfo, HookEntry, short_location
 from robo_orchard_core.utils.logging import one_line
+from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, PIPELINE_CHANNELS, PipelineChannel
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 EFFECTS = ("reads", "changes", "requests")
 """Attributes of hook classes that declare effects, see :attr:`PipelineHooks.reads`."""
+NAMED_UPDATES = "NamedOptimizersHook"
+"""Class of the hook that updates several optimizers."""
 TEXT_WIDTH = 80
 _LEAST_BOX_WIDTH = 60  # five nested boxes need 20 columns for their sides
 _SPECIAL = re.compile(r"[^\w .,:/|=()-]|[^\x00-\x7f]|^-|\.(?= )")  # "- a" and "1. a" are lists
@@ -95,7 +98,7 @@ class PlannedHook:
         return "" if self.when == "always" else f", when {one_line(self.when)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunPlan:
     """Hooks of a run in the order of execution, the outermost of each channel first.
 
@@ -125,7 +128,7 @@ class RunPlan:
                 PlannedHook(
                     channel=channel,
                     position=entry.position,
-                    hook=entry.label if entry.owner is None else entry.owner.name,
+                    hook=_name_of(entry),
                     class_name=type(entry.owner or entry.context).__name__,
                     when=str(getattr(entry.context, "when", "always")),
                     before=_location(entry.before),
@@ -143,8 +146,8 @@ class RunPlan:
         """Return the plan as plain data, as in plan.json."""
         return {"version": 2, "hooks": [asdict(hook) for hook in self.hooks]}
 
-    def __str__(self) -> str:
-        return self.to_text()
+    def __repr__(self) -> str:
+        return self.to_text()  # for notebooks and the interactive interpreter
 
     def to_text(self, width: int = TEXT_WIDTH) -> str:
         """Return the plan as an indented tree with lines of at most ``width`` columns."""
@@ -163,7 +166,7 @@ class RunPlan:
             )
 
         def add_channel(channel: PipelineChannel, depth: int) -> None:
-            add(f"{channel.name}: {channel.around}", 2 * depth)
+            add(f"{channel.name}: {self._around(channel)}", 2 * depth)
             for hook, is_first in self._of_channel(channel.name):
                 head, *details = _lines(hook, is_first, width - 2 * depth - 4)
                 add(f"- {head}", 2 * depth + 2, 2)
@@ -190,7 +193,7 @@ class RunPlan:
             return
 
         def box(channel: PipelineChannel, width: int) -> RenderableType:
-            title = Text.assemble((channel.name, "bold"), "  ", (channel.around, "dim"))
+            title = Text.assemble((channel.name, "bold"), "  ", (self._around(channel), "dim"))
             parts: list[RenderableType] = []
             for hook, is_first in self._of_channel(channel.name):
                 head, *details = _lines(hook, is_first, width)
@@ -220,7 +223,7 @@ class RunPlan:
 
         def add_channel(channel: PipelineChannel, depth: int) -> None:
             indent = "  " * depth
-            label = _quoted(f"{channel.name}: {channel.around}")
+            label = _quoted(f"{channel.name}: {self._around(channel)}")
             lines.append(f"{indent}subgraph {channel.name}[{label}]")
             lines.append(f"{indent}  direction TB")
             names: list[str] = []
@@ -242,10 +245,28 @@ class RunPlan:
 
     def _of_channel(self, channel: str) -> Iterator[tuple[PlannedHook, bool]]:
         """Iterate over the hooks of a channel, with True where a hook appears first in the tree."""
-        first: dict[str, PlannedHook] = {}
+        first: dict[Any, PlannedHook] = {}
         for hook in self.hooks:  # in the order of the tree, see CHANNEL_NAMES
-            first.setdefault(hook.hook, hook)
-        return ((h, first[h.hook] is h) for h in self.hooks if h.channel == channel)
+            first.setdefault((hook.hook, *hook.effects), hook)
+        return (
+            (hook, first[hook.hook, *hook.effects] is hook)
+            for hook in self.hooks
+            if hook.channel == channel
+        )
+
+    def _around(self, channel: PipelineChannel) -> str:
+        """Return the body of a channel, as this run opens the channel."""
+        is_update = channel.name == "on_optimizer_step"
+        if is_update and any(hook.class_name == NAMED_UPDATES for hook in self.hooks):
+            return f"{channel.around}, in on_batch for a yielded loss"
+        return channel.around
+
+
+def _name_of(entry: HookEntry[PipelineHookArgs]) -> str:
+    """Return the name of an entry's hook; without one, that of the entry."""
+    owner = entry.owner
+    is_unnamed = type(owner) is PipelineHooks and owner.name == PipelineHooks.__name__
+    return entry.label if owner is None or is_unnamed else owner.name
 
 
 def _location(function: Any) -> str | None:

@@ -632,12 +632,11 @@
     return `${(100 * share).toFixed(share < 0.1 ? 2 : 1)} %`;
   }
 
-  function costTag(hook, profile) {
-    const cost = hook.cost;
+  function costTag(cost, profile) {
     if (!cost || !profile) return null;
-    const high = cost.share >= 0.02 && !/Optimizers?Hook$/.test(hook.class_name);
     const title = `${count(cost.calls, "call")}, the first in ${brief(cost.first_s)}; its own time, without the channels that it opens`;
-    return el("span", { class: high ? "cost high" : "cost", title }, `${brief(cost.self_s / profile.steps)} a step, ${percent(cost.share)}`);
+    const text = cost.self_s ? `${brief(cost.self_s / profile.steps)} a step, ${percent(cost.share)}` : `first call ${brief(cost.first_s)}`;
+    return el("span", { class: cost.share >= 0.02 ? "cost high" : "cost", title }, text);
   }
 
   // Where a hook appears first: what it reads, changes and requests.
@@ -693,7 +692,7 @@
       }
       found.list.append(el("li", {}, el("strong", {}, hook.hook), hook.class_name !== hook.hook ? el("span", { class: "soft" }, hook.class_name) : null,
         hook.when !== "always" ? el("span", { class: "tag" }, hook.when) : null, el("span", { class: "code soft" }, sourceOf(hook)),
-        costTag(hook, run.profile), seen.has(hook.hook) ? null : effects(hook)));
+        costTag(hook.cost, run.profile), seen.has(hook.hook) ? null : effects(hook)));
       seen.add(hook.hook);
     }
     const top = el("div", {});
