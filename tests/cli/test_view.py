@@ -83,7 +83,9 @@ def serving(folder: Path, *options: str, **variables: str) -> Iterator[Server]:
     )
     assert process.stdout is not None
     try:
-        yield Server(process.stdout.readline().strip(), process)
+        address = process.stdout.readline().strip()
+        assert process.stdout.readline() == "Ctrl-C ends the server.\n"
+        yield Server(address, process)
     finally:
         children = psutil.Process(process.pid).children() if process.poll() is None else []
         process.kill()
@@ -329,11 +331,22 @@ def test_ctrl_c_ends_the_server_and_its_processes(folder: Path) -> None:
         assert server.process.returncode == 130
         _, alive = psutil.wait_procs(others, timeout=LONGEST_S)
     assert alive == []
-    assert out == "Ctrl-C ends the server.\n"
+    assert out == ""
     lines = [line for line in err.splitlines() if not line.startswith("import time:")]
     assert lines == []
     assert "| torch" not in err
     assert server.token not in err
+
+
+def test_a_killed_server_leaves_no_process(folder: Path) -> None:
+    """After kill -9 of the server, the processes that read runs end as well."""
+    with serving(folder) as server:
+        assert server.get("data/a").status_code == 200
+        others = psutil.Process(server.process.pid).children(recursive=True)
+        assert others
+        server.process.kill()
+        _, alive = psutil.wait_procs(others, timeout=LONGEST_S)
+    assert alive == []
 
 
 def test_view_refuses_what_it_cannot_serve(
