@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import islice
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -21,7 +22,7 @@ from urllib.parse import quote
 
 from xxhash import xxh3_128_hexdigest
 
-from robo_orchard_lab.experiment.run_folder import RUN_STATE
+from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, RUN_STATE
 from robo_orchard_lab.report.files import Problems, read_object, text
 from robo_orchard_lab.report.listing import RunSummary, find_runs, is_run, summarize
 from robo_orchard_lab.report.page import REPORT_FILE, embeddable, read_document
@@ -151,7 +152,7 @@ def find_inside(folder: Path, path: str) -> Path | None:
 
 def signature(run: Path, *, with_stage: bool = False) -> Signature:
     """Return a value that changes when files of a run change, or when its process dies."""
-    problems, found = Problems(), []
+    found = []
     for inner in _FOLDERS:
         with suppress(OSError), os.scandir(run / inner) as entries:
             for entry in islice(entries, _MAX_ENTRIES):
@@ -161,10 +162,17 @@ def signature(run: Path, *, with_stage: bool = False) -> Signature:
                 at = entry.stat(follow_symlinks=False)
                 found.append((inner, entry.name, at.st_mtime_ns, at.st_size, at.st_ino))
     with suppress(OSError):
-        at = read_configuration(run, problems).metrics_file(run).lstat()
+        configuration = next((each for each in found if each[:2] == ("", CONFIG_FILE)), None)
+        at = _metrics_file(run, configuration).lstat()
         found.append(("", "", at.st_mtime_ns, at.st_size, at.st_ino))
-    state = read_object(run / RUN_STATE, problems)
+    state = read_object(run / RUN_STATE, Problems())
     return read_verdict(run, state)["state"], *sorted(found)
+
+
+@lru_cache(5000)
+def _metrics_file(run: Path, configuration: Signature | None) -> Path:
+    """Return the metrics file of a run; parsing its configuration costs milliseconds."""
+    return read_configuration(run, Problems()).metrics_file(run)
 
 
 # --- in other processes ----------------------------------------------------------------------

@@ -12,7 +12,7 @@
     return node;
   }
 
-  const state = el("span", { className: "soft" });
+  const state = el("span", { className: "soft" }, "reading the runs ...");
   state.setAttribute("role", "status");
   const body = el("section", { className: "card", id: "runs" });
   page.append(el("header", { className: "top" }, el("div", {}, el("h1", {}, "Runs"), state)), body);
