@@ -277,8 +277,9 @@ def test_hooks_have_effects_and_costs(browser: Any, recorded: Path, tmp_path: Pa
 
 
 def test_costs_are_in_collapsed_groups(browser: Any, tmp_path: Path) -> None:
-    """Curves of ``perf/`` are in two closed groups; times of hooks share a chart."""
-    names = ["loss", "perf/steps_per_s", "perf/data_s", "perf/hooks/a", "perf/hooks/b"]
+    """Curves of ``perf/`` are in two closed groups; those of hooks share a chart, as of stages."""
+    names = ["loss", *(f"perf/{name}" for name in ("data_s", "hooks_s"))]
+    names += [f"perf/{kind}/{name}" for kind in ("hooks", "stages") for name in "ab"]
     lines = [record(step, **dict.fromkeys(names, 1.0 * step)) for step in (1, 2)]
     file = tmp_path / "page.html"
     file.write_text(render([write_metrics(tmp_path / "run", lines)]))
@@ -287,19 +288,20 @@ def test_costs_are_in_collapsed_groups(browser: Any, tmp_path: Path) -> None:
         "return [...document.querySelectorAll('#curves details')].map(d => [d.open, "
         "d.querySelector('summary').textContent, d.querySelectorAll('.chart').length])"
     )
-    assert groups == [[False, "Performance (2 curves)", 2], [False, "Time of hooks (2 curves)", 1]]
+    assert groups == [[False, "Performance (4 curves)", 3], [False, "Time of hooks (2 curves)", 1]]
     assert len(browser.find_elements("css selector", "#curves > .charts .chart")) == 1
 
 
 def test_videos_play_and_damaged_media_are_named(browser: Any, tmp_path: Path) -> None:
-    """A video of a hook plays in the page; damaged and cut files have a text instead."""
+    """Videos of a step are all shown, and play; damaged and cut files have a text instead."""
     pytest.importorskip("av", reason="PyAV, which encodes videos, is missing")
     frames = np.random.default_rng(0).integers(0, 255, (20, 40, 64, 3), np.uint8)
     hooks = PipelineHooks("rollouts")
 
     @hooks.on_step.after(when="at steps 7")
     def add(args: PipelineHookArgs) -> None:
-        args.report.add_video("rollout", frames, fps=20)
+        for seed in range(2):
+            args.report.add_video("rollout", frames, f"seed {seed}", fps=20)
         for name in ("cut", "half", "text"):
             args.report.add_image(name, frames[0])
         args.report.add_video("broken", frames)
@@ -325,11 +327,13 @@ def test_videos_play_and_damaged_media_are_named(browser: Any, tmp_path: Path) -
     assert played[1:] == [64, pytest.approx(1.0, abs=0.05)]
     figures = page.find_elements("css selector", "#media figure")
     texts = {figure.text.split("\n")[-1].split(",")[0]: figure.text for figure in figures}
+    captions = [each.text for each in figures if each.text.endswith(("seed 0", "seed 1"))]
+    assert captions == ["rollout, step 7: seed 0", "rollout, step 7: seed 1"]
     assert texts["cut"].startswith("cut/00000007.png can't be shown: damaged")
     assert texts["broken"].startswith("broken/00000007.mp4 can't be shown: damaged")
     assert texts["half"].startswith("the file is cut")
     assert texts["text"].startswith("text/00000007.png is no image")
-    assert len(page.find_elements("css selector", "#media img, #media video")) == 2
+    assert len(page.find_elements("css selector", "#media img, #media video")) == 3
 
 
 def test_charts_work_with_the_keyboard(browser: Any, recorded: Path, tmp_path: Path) -> None:

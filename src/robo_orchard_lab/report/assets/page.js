@@ -206,7 +206,7 @@
     if (parts[0] === "eval" && parts.length > 1) parts = parts.slice(Math.min(2, parts.length - 1));
     else if (parts[0] === "train" && parts.length > 1) parts = parts.slice(1);
     if (["loss", "lr", "grad_norm"].includes(parts[0])) return parts[0];
-    if (parts[0] === "perf" && parts[1] === "hooks") return "perf/hooks";
+    if (parts[0] === "perf" && ["hooks", "stages"].includes(parts[1])) return `perf/${parts[1]}`;
     return parts.join("/").replace(/_epoch$/, "");
   }
 
@@ -594,19 +594,18 @@
     return note ? el("div", {}, shown, note) : shown;
   }
 
-  // Of each name, one step is shown; the newest first.
-  function mediaFigure(name, items) {
-    const body = el("div", {});
-    const caption = el("span", {});
-    const show = (item) => {
-      const label = `${name}${item.step === null ? "" : `, step ${number(item.step)}`}`;
-      body.replaceChildren(mediaBody(item, label));
-      caption.textContent = `${label}${item.caption ? `: ${item.caption}` : ""}`;
-    };
-    show(items.at(-1));
-    const last = items.length - 1;
-    const slider = last ? el("input", { type: "range", min: "0", max: String(last), value: String(last), "aria-label": `Step of ${name}`, oninput: (event) => show(items[Number(event.target.value)]) }) : null;
-    return el("figure", {}, body, el("figcaption", {}, caption, slider));
+  // Of each name, all items of one step are shown; those of the newest first.
+  function mediaGroup(name, items) {
+    const steps = [...Map.groupBy(items, (item) => item.step).values()];
+    const figures = el("div", { class: "media" });
+    const show = (shown) => figures.replaceChildren(...shown.map((item) => {
+      const label = `${name}${item.step === null ? "" : `, step ${number(item.step)}`}${item.caption ? `: ${item.caption}` : ""}`;
+      return el("figure", {}, mediaBody(item, label), el("figcaption", {}, label));
+    }));
+    show(steps.at(-1));
+    const last = steps.length - 1;
+    const slider = last ? el("input", { type: "range", min: "0", max: String(last), value: String(last), "aria-label": `Step of ${name}`, oninput: (event) => show(steps[Number(event.target.value)]) }) : null;
+    return el("div", { class: steps.some((shown) => shown.length > 1) ? "several" : null }, figures, slider);
   }
 
   function mediaSection(run) {
@@ -616,7 +615,7 @@
       if (!names.has(item.name)) names.set(item.name, []);
       names.get(item.name).push(item);
     }
-    return section("media", "Media", el("div", { class: "media" }, [...names].map(([name, items]) => mediaFigure(name, items))));
+    return section("media", "Media", el("div", { class: "media" }, [...names].map(([name, items]) => mediaGroup(name, items))));
   }
 
   // Parents in PIPELINE_CHANNELS.
