@@ -6,4 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment
 cd "$checkout/examples/metaworld"
 [ -e data/pick-place-v3 ] || "$python" collect.py
-exec "$python" -m robo_orchard_lab train pick_place.yaml --trust pick_place "$@"
+"$python" -m robo_orchard_lab train pick_place.yaml --trust pick_place "$@"
+"$python" -m robo_orchard_lab rollout runs/pick_place --trust pick_place --episodes 20

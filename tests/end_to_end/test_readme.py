@@ -83,13 +83,15 @@ def test_the_experiment_in_the_readme_is_valid(tmp_path: Path) -> None:
 
 
 def test_the_table_of_hooks_is_complete() -> None:
-    """The table in docs/hooks.md has every hook that the package exports."""
+    """The table in docs/hooks.md has every hook that the packages export."""
+    from robo_orchard_lab import policy
     from robo_orchard_lab.pipeline import PipelineHooks, hooks
 
     exported = {
         name
-        for name in hooks.__all__
-        if isinstance(cls := getattr(hooks, name), type) and issubclass(cls, PipelineHooks)
+        for package in (hooks, policy)
+        for name in package.__all__
+        if isinstance(cls := getattr(package, name), type) and issubclass(cls, PipelineHooks)
     }
     section = (ROOT / "docs/hooks.md").read_text("utf-8").split("## Built-in hooks")[1]
     table = re.findall(r"^\| `(\w+)` \|", section.split("\n## ")[0], re.M)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from robo_orchard_lab.data.lerobot import LeRobotWriter
+from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.policy import ACT
 from robot_batches import make_batch, make_statistics
 
@@ -114,3 +118,53 @@ def test_images_of_another_shape_are_refused() -> None:
     for shape in ((4, 32, 32, 3), (4, 2, 3, 32, 32)):
         with pytest.raises(ValueError, match=r"batch, 3, height, width\], found"):
             policy(batch | {"observation.images.top": torch.zeros(shape)})
+
+
+FILE = """
+model:
+  class_type: ACT
+  statistics: {from_data: statistics}
+  chunk_size: 4
+  dim: 16
+  heads: 2
+  feedforward_dim: 16
+  encoder_layers: 1
+data:
+  train: {dataset: {class_type: LeRobotDataset, folder: two_arms, chunk_size: 4}, batch_size: 4}
+batch_processor: {class_type: PolicyProcessor}
+optimizer: {class_type: "torch.optim:AdamW", lr: 0.0001}
+hooks: {losses: {class_type: LossTracker}}
+trainer: {max_step: 2}
+"""
+
+
+def test_file_trains_on_two_cameras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file trains ACT on a dataset with two cameras and 6-D actions, without a line of Python."""
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0)
+    features: dict[str, Any] = {
+        "observation.state": {"dtype": "float32", "shape": (7,)},
+        "observation.images.head": {"dtype": "image", "shape": (32, 48, 3)},
+        "observation.images.hand": {"dtype": "image", "shape": (64, 32, 3)},
+        "action": {"dtype": "float32", "shape": (6,)},
+    }
+    with LeRobotWriter("two_arms", fps=30, features=features) as writer:
+        for frame in range(12):
+            values = {
+                name: draw.integers(0, 256, feature["shape"], np.uint8)
+                if feature["dtype"] == "image"
+                else draw.normal(size=feature["shape"]).astype(np.float32)
+                for name, feature in features.items()
+            }
+            writer.add_frame({**values, "task": "fold the towel"})
+            if frame % 6 == 5:
+                writer.save_episode()
+    Path("act.yaml").write_text(FILE, "utf-8")
+    run = ExperimentConfig.load("act.yaml").build(run_folder="run")
+    assert isinstance(run.model, ACT)
+    before = run.model.action_head.weight.clone()
+    run.trainer()
+    assert run.trainer.progress.global_step_id == 2
+    assert not torch.equal(run.model.action_head.weight, before)
+    assert run.model.cameras == ("observation.images.hand", "observation.images.head")
+    assert run.model.action_dim == 6

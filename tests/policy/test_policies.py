@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from robo_orchard_core.utils.config import Trust
 from robo_orchard_core.utils.config.references import resolve
 from robo_orchard_lab.policy import ACT, BehaviorCloning, DiffusionPolicy, Policy, PolicyProcessor
+from robo_orchard_lab.policy.pretrained import export_policy
 from robot_batches import CHUNK, make_batch, make_statistics
 
 CAMERAS = ("front", "wrist")
@@ -29,7 +30,7 @@ def make_cloning(**arguments: Any) -> Policy:
 
 def make_diffusion(**arguments: Any) -> Policy:
     sizes: dict[str, Any] = {"channels": [16, 32], "condition_dim": 16, "inference_steps": 5}
-    return DiffusionPolicy(make_statistics(), **sizes, **arguments)
+    return DiffusionPolicy(make_statistics(), **{**sizes, **arguments})
 
 
 def make_act(**arguments: Any) -> Policy:
@@ -229,3 +230,17 @@ def test_batches_of_another_shape_are_refused() -> None:
     for message, other in cases.items():
         with pytest.raises(ValueError, match=message):
             policy(other)
+
+
+@pytest.mark.parametrize("make", [make_cloning, make_diffusion])
+def test_exported_program_predicts_the_same_actions(make: Make, tmp_path: Path) -> None:
+    """A policy can be exported by torch.export; the program serves any number of rows."""
+    policy = (make(inference_steps=2) if make is make_diffusion else make()).eval()
+    name = "observation.state"
+    export_policy(policy, tmp_path / "policy.pt2", {name: torch.zeros(2, 3)})
+    program = torch.export.load(tmp_path / "policy.pt2").module()
+    predicted = []
+    for predict in (program, policy.predict_actions):
+        torch.manual_seed(3)
+        predicted.append(predict({name: batch_of(policy, size=5)[name]}))
+    torch.testing.assert_close(predicted[0], predicted[1])

@@ -137,14 +137,14 @@ class ACT(Policy):
     def predict_normalized(self, observation: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return normalized actions of shape (B, T, A), for a latent of zeros."""
         state = self.normalized_state(observation)
-        latent = state.new_zeros(len(state), self.latent_dim)
+        latent = state.new_zeros(state.shape[0], self.latent_dim)
         return self._decode(state, self._image_tokens(observation), latent)
 
     def _style(
         self, state: torch.Tensor, actions: torch.Tensor, padding: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and log variance (B, latent_dim) of the latent of demonstrated actions."""
-        query = self.style_query.expand(len(state), -1, -1)
+        query = self.style_query.expand(state.shape[0], -1, -1)
         embedded = [query, self.style_state(state).unsqueeze(1), self.style_action(actions)]
         tokens = torch.cat(embedded, dim=1)
         position = torch.arange(tokens.shape[1], device=tokens.device)
@@ -174,7 +174,7 @@ class ACT(Policy):
     ) -> torch.Tensor:
         own = torch.stack([self.latent_projection(latent), self.state_projection(state)], dim=1)
         memory = self.encoder(torch.cat([own, image_tokens], dim=1))
-        decoded = self.decoder(self.queries.expand(len(state), -1, -1), memory)
+        decoded = self.decoder(self.queries.expand(state.shape[0], -1, -1), memory)
         actions: torch.Tensor = self.action_head(decoded)
         return actions
 

@@ -67,10 +67,11 @@ class NoiseSchedule(nn.Module):
             limit: clamp estimates of clean values to [-limit, limit].
         """
         values = noise
-        levels = torch.linspace(self.levels - 1, 0, steps).round().long().tolist()
+        last = self.levels - 1
+        levels = [round(last * (1 - step / max(steps - 1, 1))) for step in range(steps)]
         for level, next_level in zip(levels, [*levels[1:], None], strict=True):
             share = self.signal[level]
-            clean = denoise(values, torch.full((len(values),), level, device=values.device))
+            clean = denoise(values, torch.full((values.shape[0],), level, device=values.device))
             if limit is not None:
                 clean = clean.clamp(-limit, limit)
             if next_level is None:
@@ -154,7 +155,7 @@ class DiffusionPolicy(Policy):
         actions, padding = self.normalized_actions(batch)
         condition = self.state_encoder(self.normalized_state(batch))
         noise = torch.randn_like(actions)
-        size = (len(actions),)
+        size = (actions.shape[0],)
         level = torch.randint(self.schedule.levels, size, device=actions.device)
         noisy = self.schedule.add_noise(actions, noise, level)
         error = self.unet(noisy, level, condition) - actions
@@ -164,7 +165,7 @@ class DiffusionPolicy(Policy):
         """Return normalized actions of shape (B, T, A) from new noise."""
         condition = self.state_encoder(self.normalized_state(observation))
         noise = torch.randn(
-            len(condition),
+            condition.shape[0],
             self.chunk_size,
             self.action_dim,
             device=condition.device,
