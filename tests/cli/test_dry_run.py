@@ -66,12 +66,12 @@ def test_a_fast_run_lists_its_stages(work: Path, capsys: pytest.CaptureFixture[s
     before = {*work.rglob("*")}
     assert main(["train", FILE, "--debug-fast"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("trained to epoch 1, step 0 (global step 2")
+    assert lines[0].startswith("trained to step 2 (epoch 1")
     assert lines[1].startswith("found eval/val/loss = ")
     assert lines[-2:] == ["saved, and resumed from step 2 to 3", "nothing was kept"]
     assert {*work.rglob("*")} == before
     assert main(["train", FILE, "--debug-fast", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["done"][0].startswith("trained to epoch 1")
+    assert json.loads(capsys.readouterr().out)["done"][0].startswith("trained to step 2")
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--debug-fast"])

@@ -138,7 +138,7 @@ def test_fast_run_makes_two_steps_and_resumes(
     """A fast run trains an epoch of two steps, evaluates, saves, resumes and cleans up."""
     before = {*Path("/tmp").glob("debug-fast-*")}
     done = fast_run(experiment)
-    assert done[0].startswith("trained to epoch 1, step 0 (global step 2, 1 updates committed")
+    assert done[0].startswith("trained to step 2 (epoch 1, 1 updates committed")
     assert any(line.startswith("found eval/val/loss = ") for line in done)
     files = "best.safetensors, checkpoints, events.jsonl, metrics.jsonl"
     assert any(files in line for line in done)

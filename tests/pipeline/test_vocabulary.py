@@ -173,7 +173,7 @@ def test_arguments_read_fields_of_the_run() -> None:
     assert args.requests is run.requests
     assert args.dataloader == [1]
     assert [args.optimizer, args.lr_scheduler] == [None] * 2
-    assert repr(args).startswith("<PipelineHookArgs at epoch 0, step 1 (global step 1, 1 updates")
+    assert repr(args).startswith("<PipelineHookArgs at step 1 (epoch 1, 1 updates")
 
 
 def test_loss_of_arguments_is_detached() -> None:

@@ -139,7 +139,7 @@ def test_a_different_end_after_a_resume_is_reported() -> None:
     """The error has the counters of both ends."""
     with pytest.raises(
         AssertionError,
-        match=r"request: stop at step 6.*\n  the run ended at epoch 1, step 2 .*, expected epoch 1",
+        match=r"request: stop at step 6.*\n  the run ended at step 6 .*, expected step 4",
     ):
         assert_state_round_trip(Ending, stop_at=2)
 
@@ -207,7 +207,7 @@ def test_a_passive_hook_changes_no_weights() -> None:
         ),
         (
             lambda: acting("on_step", lambda args: args.requests.stop("enough")),
-            r"changes the run: it ended at epoch 0, step 1 .*, without the hook at epoch 1, step 2",
+            r"changes the run: it ended at step 1 .*, without the hook at step 6",
         ),
     ],
 )

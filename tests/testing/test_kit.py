@@ -135,7 +135,7 @@ def test_an_error_of_a_hook_propagates() -> None:
     with pytest.raises(ZeroDivisionError, match="planted") as raised:
         run_hook(hooks)
     assert "'broken' (on_step, after)" in raised.value.__notes__[0]
-    assert "global step 2" in raised.value.__notes__[-1]
+    assert "at step 3 (" in raised.value.__notes__[-1]
 
 
 def test_settings_are_applied() -> None:

@@ -28,41 +28,42 @@ def verbosity_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--log-level",
         type=click.Choice(_LEVELS),
-        help="Least level of log lines; by default info, in a terminal without routine lines, such "
-        "as those of saves.",
+        help="Least level of log lines. `warning` is as --quiet, `debug` as --verbose with the "
+        "lines of other packages; `info` adds the lines of saves in a terminal.",
     )
     @functools.wraps(command)
     def run(*args: Any, verbose: bool, quiet: bool, log_level: str | None, **others: Any) -> Any:
-        if verbose and quiet:
-            raise CommandError("expected one of --verbose and --quiet, found both")
-        with _logging_as(verbose, quiet, log_level):
-            return command(*args, is_quiet=quiet, **others)
+        given = {"--verbose": verbose, "--quiet": quiet, "--log-level": log_level}
+        if len(names := [name for name, value in given.items() if value]) > 1:
+            raise CommandError(f"expected one of these options, found {' and '.join(names)}")
+        level = logging.WARNING if quiet else logging.DEBUG if verbose else None
+        if log_level is not None:
+            level = logging.getLevelNamesMapping()[log_level.upper()]
+        with _logging_at(level, includes_others=not verbose):
+            is_quiet = level is not None and level > logging.INFO
+            return command(*args, is_quiet=is_quiet, **others)
 
     return run
 
 
 @contextmanager
-def _logging_as(verbose: bool, quiet: bool, log_level: str | None) -> Iterator[None]:
-    root, package = logging.getLogger(), logging.getLogger(_PACKAGE)
-    before = root.level, package.level
-    handlers = [each for each in root.handlers if isinstance(each, StderrHandler)]
-    hides_routine = is_watched() and not verbose and log_level is None
-    if verbose:
-        package.setLevel(logging.DEBUG)
-    if quiet:
-        package.setLevel(logging.WARNING)
-        root.setLevel(logging.WARNING)
-    if log_level is not None:
-        root.setLevel(log_level.upper())
-    for handler in handlers if hides_routine else ():
+def _logging_at(level: int | None, *, includes_others: bool) -> Iterator[None]:
+    """Set the levels of the log; hide routine records in a terminal without a level."""
+    loggers = [logging.getLogger(_PACKAGE), *[logging.getLogger()] * includes_others]
+    before = [logger.level for logger in loggers]
+    handlers = [each for each in logging.root.handlers if isinstance(each, StderrHandler)]
+    if level is not None:
+        for logger in loggers:
+            logger.setLevel(level)
+    for handler in handlers if level is None and is_watched() else ():
         handler.addFilter(_is_no_routine)
     try:
         yield
     finally:
         for handler in handlers:
             handler.removeFilter(_is_no_routine)
-        root.setLevel(before[0])
-        package.setLevel(before[1])
+        for logger, old in zip(loggers, before, strict=True):
+            logger.setLevel(old)
 
 
 def _is_no_routine(record: logging.LogRecord) -> bool:

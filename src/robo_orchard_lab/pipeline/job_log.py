@@ -40,12 +40,23 @@ def job_logger(name: str) -> JobLogger:
     return JobLogger(logging.getLogger(name), {})
 
 
-def announce(logger: logging.Logger | JobLogger, text: object, *, is_routine: bool = False) -> None:
+def announce(
+    logger: logging.Logger | JobLogger,
+    text: object,
+    *,
+    is_routine: bool = False,
+    has_time: bool = False,
+) -> None:
     """Log a line at level INFO, or print the line to standard error if the log drops the level.
 
-    So a script without logging shows the line, with the time unless in a terminal. Nothing is
-    printed if the level of the logger, or of a parent below the root, excludes INFO. On a full disk
-    the line is lost. An object may have several lines, which the log indents.
+    So a script without logging shows the line. Nothing is printed if the level of the logger, or of
+    a parent below the root, excludes INFO. On a full disk the line is lost.
+
+    Args:
+        logger: logger of the caller.
+        text: the line; an object may have several lines, which the log indents.
+        is_routine: mark the record as :data:`ROUTINE`.
+        has_time: print the line with the time.
     """
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info("%s", text, extra=ROUTINE if is_routine else None)
@@ -53,7 +64,7 @@ def announce(logger: logging.Logger | JobLogger, text: object, *, is_routine: bo
         is_first_rank() or not isinstance(logger, JobLogger)
     ):
         with suppress(OSError):
-            at = "" if sys.stderr.isatty() else time.strftime("%Y-%m-%d %H:%M:%S ")
+            at = time.strftime("%Y-%m-%d %H:%M:%S ") if has_time else ""
             print(f"{at}{text}", file=sys.stderr, flush=True)
 
 

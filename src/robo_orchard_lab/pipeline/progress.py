@@ -124,10 +124,15 @@ class TrainerProgress:
         if not (committed and is_counted):
             self.finish_optimizer_step(committed)
 
+    @property
+    def epoch(self) -> int:
+        """Number of the current epoch, from 1; between two epochs, of the completed one."""
+        return max(1, self.epoch_id + (self.in_step or self.step_id > 0))
+
     def __str__(self) -> str:
         return (
-            f"epoch {self.epoch_id}, step {self.step_id} (global step {self.global_step_id}, "
-            f"{self.optimizer_step_id} updates committed, {self.skipped_optimizer_steps} skipped)"
+            f"step {self.steps_done} (epoch {self.epoch}, {self.optimizer_step_id} updates "
+            f"committed, {self.skipped_optimizer_steps} skipped)"
         )
 
     def state_dict(self) -> dict[str, Any]:

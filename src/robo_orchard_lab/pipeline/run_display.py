@@ -175,10 +175,10 @@ class LogLines:
 
     def open(self, header: Mapping[str, str], status: RunStatus) -> None:
         for label, text in header.items():
-            announce(logger, f"{label}: {text}")
+            self._announce(f"{label}: {text}")
 
     def show(self, status: RunStatus) -> None:
-        announce(logger, str(status))
+        self._announce(str(status))
 
     def add_line(self, status: RunStatus) -> None: ...
 
@@ -192,7 +192,11 @@ class LogLines:
             self.show(status)
         for result in results:
             if result.best is not None:
-                announce(logger, str(result))
+                self._announce(str(result))
+
+    @staticmethod
+    def _announce(text: str) -> None:
+        announce(logger, text, has_time=True)
 
 
 class TerminalDisplay:

@@ -291,7 +291,7 @@ def test_loading_error_names_the_batch(workers: int) -> None:
     with pytest.raises(KeyError, match="no such file") as caught:
         next(batches)
     text = str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
-    assert "while loading batch 2 of epoch 1, of the dataset's indices [8, 9, 10, 11]" in text
+    assert "while loading batch 3 of epoch 2, of the dataset's indices [8, 9, 10, 11]" in text
 
 
 class Growing(Indices):

@@ -173,7 +173,7 @@ def test_a_stalled_run_writes_its_stacks(pairs: dict[str, Ended]) -> None:
     assert state.state == "failed"
     assert state.error is not None
     assert state.error.type == "Stalled"
-    assert f"no progress for 2 s at epoch 0, step {FAILS_AT}" in state.error.message
+    assert f"no progress for 2 s at step {FAILS_AT + 1}" in state.error.message
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def test_stacks_are_written_to_the_folder_of_the_run(tmp_path: Path) -> None:
     text = (tmp_path / "stalled" / "rank00003.txt").read_text()
     assert text.startswith("rank 3, process ")
     assert "test_stacks_are_written_to_the_folder_of_the_run" in text
-    assert clock.reason().startswith("no progress for 2 s at epoch 0")
+    assert clock.reason().startswith("no progress for 2 s at step 0")
     assert str(tmp_path / "stalled") in clock.reason()
 
 

@@ -202,7 +202,7 @@ def test_error_leaves_weights_unchanged() -> None:
     batches = batches_with("bad gradient", [3])
     with pytest.raises(
         NonFiniteError,
-        match=r"NonFiniteGuard: the gradient norm is nan, at epoch 0, step 3 \(global step 3, 3 "
+        match=r"NonFiniteGuard: the gradient norm is nan, at step 4 \(epoch 1, 3 "
         r"updates committed, 0 skipped\), by the gradients of 0.weight, 0.bias, 2.weight and 1 "
         r"more. The update was not made: .* Set quarantine to a folder",
     ) as raised:
@@ -249,7 +249,7 @@ def test_consecutive_skips_are_limited() -> None:
     assert trainer.progress.skipped_optimizer_steps == 4
     with pytest.raises(
         NonFiniteError,
-        match=r"at epoch 0, step 4 .*The 2 before it were skipped \(max_skips_in_a_row=2\)",
+        match=r"at step 5 .*The 2 before it were skipped \(max_skips_in_a_row=2\)",
     ):
         train(guard, batches_with("infinite loss", [2, 3, 4]))
     endless = NonFiniteGuardConfig(policy="skip", max_skips_in_a_row=None)
@@ -355,9 +355,9 @@ def test_skips_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Each skip logs one warning with value, counters and number of skips."""
     train(NonFiniteGuardConfig(policy="skip"), batches_with("infinite loss", [2, 3]))
     warnings = [record.message for record in caplog.records]
-    assert [text.split(" (global")[0] for text in warnings] == [
-        "NonFiniteGuard skips the update, 1 in a row: the loss is inf, at epoch 0, step 2",
-        "NonFiniteGuard skips the update, 2 in a row: the loss is inf, at epoch 0, step 3",
+    assert [text.split(" (epoch")[0] for text in warnings] == [
+        "NonFiniteGuard skips the update, 1 in a row: the loss is inf, at step 3",
+        "NonFiniteGuard skips the update, 2 in a row: the loss is inf, at step 4",
     ]
 
 
@@ -373,7 +373,7 @@ def test_one_update_late(bad: int, raised_at: int) -> None:
     )
     with pytest.raises(
         NonFiniteError,
-        match=rf"the loss is inf, at epoch 0, step {bad} \(global step {bad}, {bad} updates "
+        match=rf"the loss is inf, at step {bad + 1} \(epoch 1, {bad} updates "
         r"committed.*made before the values were read \(read='one update late'\)",
     ):
         trainer()
@@ -588,7 +588,7 @@ def test_bad_loss_with_finite_gradients_is_not_skipped(
     """Other ranks can't know, so all ranks make the update, and a warning is logged."""
     args = check_update(DistributedType.MULTI_CPU, math.inf, policy="skip")
     assert args.skip_reason is None
-    assert "the loss is inf on rank 0 at epoch 0, step 0" in caplog.text
+    assert "the loss is inf on rank 0 at step 0" in caplog.text
     assert "but all gradients are finite; the update is made" in caplog.text
 
 

@@ -50,11 +50,11 @@ def test_forward_hooks_run_once_per_call(ranks: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("outside", "the gradient of 'group0.param8' differs between ranks at epoch 0, step 0"),
-        ("saved", "the weights of 'layers.2.bias' differ between ranks at epoch 0, step 6"),
-        ("ended", "the weights of 'layers.2.bias' differ between ranks at epoch 0, step 12"),
-        ("epoch", "the weights of 'layers.2.bias' differ between ranks at epoch 1, step 0"),
-        ("closed", "the weights of 'layers.2.bias' differ between ranks at epoch 2, step 0"),
+        ("outside", "the gradient of 'group0.param8' differs between ranks at step 1"),
+        ("saved", "the weights of 'layers.2.bias' differ between ranks at step 6"),
+        ("ended", "the weights of 'layers.2.bias' differ between ranks at step 12"),
+        ("epoch", "the weights of 'layers.2.bias' differ between ranks at step 20"),
+        ("closed", "the weights of 'layers.2.bias' differ between ranks at step 40"),
         ("processor", "the weights of 'batch_processor.critic.layers.0.weight' differ between"),
     ],
 )

@@ -130,7 +130,7 @@ def test_old_and_next_learning_rates_are_shown(
         "  group 0: 0.1 -> 0.005, 0.005, 0.0025, 0.0025, ...",
         "  group 1: 0.05 -> 0.0025, 0.0025, 0.00125, 0.00125, ...",
     ]
-    assert any(line.startswith("the learning rate changes at epoch 1, step 2") for line in shown)
+    assert any(line.startswith("the learning rate changes at step 6 (epoch 2") for line in shown)
 
 
 def test_a_metric_dependent_lr_scheduler_starts_again(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_a_loader_without_length_leaves_its_last_epoch_open() -> None:
 @pytest.mark.parametrize("loader", [[], iter([])])
 def test_no_batch_is_an_error(loader: Any) -> None:
     """An epoch without a batch is refused, since the run would never end."""
-    with pytest.raises(DataError, match="gave no batch in epoch 0"):
+    with pytest.raises(DataError, match="gave no batch in epoch 1"):
         make_trainer(loader=loader, max_step=3)()
 
 

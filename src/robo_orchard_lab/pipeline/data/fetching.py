@@ -103,7 +103,7 @@ class Fetcher(Dataset[Any]):
             return self.collate_fn(samples)
         except Exception as error:
             error.add_note(
-                f"while loading batch {task.batch_id} of epoch {task.epoch_id}, "
+                f"while loading batch {task.batch_id + 1} of epoch {task.epoch_id + 1}, "
                 f"of the dataset's indices {indices!r:.200}"
             )
             raise

@@ -80,7 +80,7 @@ class NonFiniteGuard(PipelineHooks):
     ... )
     >>> trainer()
     >>> print(trainer.progress)
-    epoch 1, step 0 (global step 3, 2 updates committed, 1 skipped)
+    step 3 (epoch 1, 2 updates committed, 1 skipped)
 
     A skipped update restores weights, buffers, optimizer, LR scheduler and fp16 loss scale to their
     state before the window. Consumed steps and random numbers stay consumed.

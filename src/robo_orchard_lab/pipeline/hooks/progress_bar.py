@@ -248,7 +248,7 @@ class ProgressBarHook(PipelineHooks):
     def _is_line_due(self, status: RunStatus, is_epoch: bool) -> bool:
         if self.cfg.lines == "all" or 0 < own_level(logger) <= logging.DEBUG:
             return True
-        total, epoch = status.total_steps, self._steps_per_epoch
+        total, epoch = status.total_steps, self._steps_per_epoch or None
         has_epochs = total is None or (epoch is not None and total >= _LINES / 2 * epoch)
         if has_epochs and not is_epoch:
             return False

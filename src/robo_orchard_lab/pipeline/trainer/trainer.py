@@ -658,7 +658,7 @@ class HookBasedTrainer(EvaluationMethods):
                     return
         if progress.step_id == 0:
             raise DataError(
-                f"the dataloader gave no batch in epoch {progress.epoch_id}; "
+                f"the dataloader gave no batch in epoch {progress.epoch_id + 1}; "
                 + explain_no_batch(self.dataloader)
             )
         args._epoch_completed = True
