@@ -92,7 +92,10 @@ def serving(folder: Path, *options: str, **variables: str) -> Iterator[Server]:
         for child in children:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
-        process.communicate()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +328,7 @@ def test_ctrl_c_ends_the_server_and_its_processes(folder: Path) -> None:
         process = psutil.Process(server.process.pid)
         others = process.children(recursive=True)
         assert others
-        for each in (process, *others):
+        for each in (*others, process):
             each.send_signal(signal.SIGINT)
         out, err = server.process.communicate(timeout=LONGEST_S)
         assert server.process.returncode == 130

@@ -73,7 +73,7 @@ class Builds:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._pool: ProcessPoolExecutor | None = None
         self._others = {*active_children()}
 
@@ -82,12 +82,11 @@ class Builds:
         run = await asyncio.to_thread(find_inside, self.folder, path)
         if run is None:
             return None
-        return await self._current(path, _read_run, str(run), lambda: signature(run))
+        return await self._current(_read_run, run, lambda: signature(run))
 
     async def runs(self) -> Document:
         """Return the document of the list of runs."""
-        folder = str(self.folder)
-        return await self._current("/", _read_list, folder, lambda: (time.monotonic(),))
+        return await self._current(_read_list, self.folder, lambda: (time.monotonic(),))
 
     def close(self) -> None:
         """End the other processes."""
@@ -99,11 +98,11 @@ class Builds:
 
     async def _current(
         self,
-        key: str,
-        read: Callable[[str], tuple[str, str]],
-        folder: str,
+        read: Callable[[Path], tuple[str, str]],
+        folder: Path,
         sign: Callable[[], Signature],
     ) -> Document:
+        key = read, folder
         entry = self._entries.setdefault(key, _Entry())
         self._entries.move_to_end(key)
         while len(self._entries) > _MAX_KEPT:
@@ -121,30 +120,29 @@ class Builds:
                 entry.document = Document(title, data, f'"{xxh3_128_hexdigest(data.encode())}"')
             return entry.document
 
-    async def _call(self, read: Callable[[str], tuple[str, str]], folder: str) -> tuple[str, str]:
-        for is_last in (False, True):
-            if self._pool is None:
-                self._pool = ProcessPoolExecutor(
-                    _PROCESSES, mp_context=get_context("spawn"), initializer=_begin_process
-                )
-            try:
-                return await asyncio.get_running_loop().run_in_executor(self._pool, read, folder)
-            except BrokenProcessPool:  # killed, as by the system without memory
+    async def _call(self, read: Callable[[Path], tuple[str, str]], folder: Path) -> tuple[str, str]:
+        loop, pool = asyncio.get_running_loop(), self._started()
+        try:
+            return await loop.run_in_executor(pool, read, folder)
+        except BrokenProcessPool:  # killed, as by the system without memory
+            if self._pool is pool:
                 self._pool = None
-                if is_last:
-                    raise
-        raise AssertionError("unreachable")
+            return await loop.run_in_executor(self._started(), read, folder)
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                _PROCESSES, mp_context=get_context("spawn"), initializer=_begin_process
+            )
+        return self._pool
 
 
 def find_inside(folder: Path, path: str) -> Path | None:
     """Return the run at a path in a folder; None without a run, and if a link is on the way."""
-    names = [name for name in path.split("/") if name]
-    if any(name in (".", "..") or "\0" in name for name in names):
-        return None
     root = os.path.realpath(folder)
-    found = os.path.join(root, *names)
+    found = os.path.join(root, *filter(None, path.split("/")))
     try:
-        is_inside = os.path.realpath(found) == found
+        is_inside = os.path.realpath(found) == found  # without "..", too
         return Path(found) if is_inside and is_run(Path(found)) else None
     except (OSError, ValueError):  # a name that no file can have
         return None
@@ -195,13 +193,12 @@ def _end_with_server() -> None:
         os._exit(1)
 
 
-def _read_run(folder: str) -> tuple[str, str]:
-    return read_document([Path(folder)])
+def _read_run(folder: Path) -> tuple[str, str]:
+    return read_document([folder])
 
 
-def _read_list(folder: str) -> tuple[str, str]:
+def _read_list(root: Path) -> tuple[str, str]:
     """Return title and data of the list of runs, the newest start first."""
-    root = Path(folder)
     known = {run: _summary(run) for run in find_runs(root)}
     for gone in _summaries.keys() - known:
         del _summaries[gone]
