@@ -4,11 +4,14 @@
 #     benchmarks/.venv-peers               the project (editable) and the frameworks, in one
 #                                          environment, so that one process runs them side by side
 #     benchmarks/.venv-robo-orchard-lab    RoboOrchardLab, which has the same import names
+#     benchmarks/.venv-lerobot             the project (editable) and lerobot 0.4, whose requirements
+#                                          exclude newer releases; its decoder needs FFmpeg's libraries
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 peers="$here/.venv-peers"
 robo_orchard_lab="$here/.venv-robo-orchard-lab"
+lerobot="$here/.venv-lerobot"
 
 make() {
     if [ ! -x "$1/bin/python" ]; then
@@ -39,3 +42,6 @@ done
 # It imports Transformers, which it does not bring; 4 is of its time.
 make "$robo_orchard_lab"
 install "$robo_orchard_lab" RoboOrchardLab robo-orchard-lab==0.4.0 "transformers<5"
+
+make "$lerobot"
+install "$lerobot" lerobot --editable "$here/..[robotics]" lerobot==0.4.4

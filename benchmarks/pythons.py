@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-Where: TypeAlias = Literal["own", "peers", "robo_orchard_lab"]
+Where: TypeAlias = Literal["own", "peers", "robo_orchard_lab", "lerobot"]
 
 HERE = Path(__file__).resolve().parent
-_FOLDERS = {"peers": ".venv-peers", "robo_orchard_lab": ".venv-robo-orchard-lab"}
+_FOLDERS = {
+    "peers": ".venv-peers",
+    "robo_orchard_lab": ".venv-robo-orchard-lab",
+    "lerobot": ".venv-lerobot",
+}
 
 # Eight tiny matrix products per step: more threads only add noise.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
