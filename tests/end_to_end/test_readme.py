@@ -20,7 +20,7 @@ def _python_blocks(document: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", document.read_text("utf-8"), re.S)
 
 
-RUN_ELSEWHERE = ("experiments", "moving_over")  # by tests of their own
+RUN_ELSEWHERE = ("experiments", "moving_over", "robot_data")  # by tests of their own
 BLOCKS = [
     pytest.param(script, id=f"{document.stem}-{number}")
     for document in [ROOT / "README.md", *PAGES]

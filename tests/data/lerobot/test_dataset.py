@@ -212,3 +212,15 @@ def test_indices_outside_are_refused(plain: Path) -> None:
     assert torch.equal(dataset[-1]["action"], dataset[len(dataset) - 1]["action"])
     with pytest.raises(IndexError, match="below 22"):
         dataset[22]
+
+
+def test_actions_and_observations_of_one_number_keep_their_axis(tmp_path: Path) -> None:
+    """A one-dimensional action is a vector, as policies expect; other columns are numbers."""
+    one = {"dtype": "float32", "shape": (1,)}
+    features = {"observation.state": one, "action": one, "next.reward": one}
+    dataset = LeRobotDataset(write_dataset(tmp_path / "data", (3,), features), chunk_size=2)
+    sample = dataset[0]
+    shapes = {name: sample[name].shape for name in features}
+    assert shapes == {"observation.state": (1,), "action": (2, 1), "next.reward": ()}
+    assert dataset.action_dim == 1
+    assert np.shape(dataset.statistics["action"]["mean"]) == (1,)

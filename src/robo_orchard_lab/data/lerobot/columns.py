@@ -24,6 +24,9 @@ from robo_orchard_lab.data.lerobot.format import (
     require,
 )
 
+_VECTORS = ("action", "observation.")
+"""Columns that keep an axis of size 1, which policies expect; lerobot drops it."""
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -82,7 +85,8 @@ def load_frames(
 ) -> Frames:
     """Read the columns ``names`` and the index columns of the ``selected``, sorted episodes.
 
-    Floats become float32, integers int64. Videos have no column.
+    Floats become float32, integers int64. A column of shape (1,) becomes numbers, except actions
+    and observations. Videos have no column.
 
     Raises:
         LeRobotDatasetError: a table is missing or truncated, contradicts ``info.json`` or the
@@ -179,6 +183,8 @@ def _convert(path: Path, name: str, feature: Feature, column: Any) -> Any:
     kinds = {"f": np.float32, "i": np.int64, "u": np.int64, "b": np.bool_}
     if array.dtype.kind not in kinds:
         raise LeRobotDatasetError(f"{where}: expected {feature.dtype}, found {kind}")
+    if name.startswith(_VECTORS):
+        shape = feature.shape
     return np.array(array.reshape(rows, *shape), dtype=kinds[array.dtype.kind])
 
 
