@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,33 @@ def test_pickled_datasets_leave_out_open_videos(filmed: Path) -> None:
     image = dataset[7]["observation.images.top"]
     copy = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(copy[7]["observation.images.top"], image)
+
+
+def test_samples_and_batches_travel_between_processes(filmed: Path) -> None:
+    """Pickled samples and batches have equal values, which the receiver may change."""
+    dataset = LeRobotDataset(filmed, chunk_size=2)
+    batch = next(iter(DataLoader(dataset, batch_size=22)))
+    for sent in (dataset[3], batch):
+        received = pickle.loads(pickle.dumps(sent))
+        assert received.keys() == sent.keys()
+        for name, value in sent.items():
+            assert np.array_equal(received[name], value), name
+        received["action"].add_(1)
+        assert not torch.equal(received["action"], sent["action"])
+
+
+def test_changed_samples_do_not_change_the_dataset(plain: Path) -> None:
+    """A transform may change a sample in place."""
+    dataset = LeRobotDataset(plain, chunk_size=2)
+    takes: list[Callable[[], dict[str, Any]]] = [
+        lambda: dataset[3],
+        lambda: dataset.__getitems__([3])[0],
+    ]
+    for take in takes:
+        before = {name: torch.as_tensor(v).clone() for name, v in take().items() if name != "task"}
+        for name in before:
+            take()[name].fill_(0)
+        assert all(torch.equal(take()[name], value) for name, value in before.items())
 
 
 def test_indices_outside_are_refused(plain: Path) -> None:

@@ -36,6 +36,30 @@ ACTION = "action"
 _STATE = "observation.state"
 _REPORTED = ("mean", "std", "min", "max")
 _SAMPLED_IMAGES = 200
+_SENT_AS_BYTES = 1 << 20  # larger tensors would be copied more often than as shared memory
+
+
+class Sample(dict[str, Any]):
+    """Sample, or batch of torch's default collation, with a fast transfer between processes.
+
+    A worker process of a ``DataLoader`` sends small tensors as bytes. Torch's transfer as shared
+    memory costs the training process about 0.4 ms for each tensor.
+    """
+
+    def __copy__(self) -> Sample:
+        return Sample(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed = {
+            name: value.numpy()
+            for name, value in self.items()
+            if isinstance(value, torch.Tensor) and value.nbytes <= _SENT_AS_BYTES
+        }
+        return _unpack, ({**self, **packed}, [*packed])
+
+
+def _unpack(values: dict[str, Any], packed: list[str]) -> Sample:
+    return Sample(values, **{name: torch.from_numpy(values[name]) for name in packed})
 
 
 class LeRobotDataset(Dataset[dict[str, Any]]):
@@ -307,7 +331,7 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
         self._check_rows(index, row, row)
         frames = self._frames
         first, last = int(frames.first[row]), int(frames.last[row])
-        sample: dict[str, Any] = {}
+        sample = Sample()
         for name in self._names:
             column = frames.columns.get(name)
             offsets = self._offsets.get(name)
@@ -339,13 +363,16 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
             wanted = rows[:, None] + offsets
             clamped = wanted.clamp(first[:, None], last[:, None])
             values = self._values(name, clamped.flatten())
-            size = len(offsets)
-            columns[name] = [values[at : at + size] for at in range(0, len(values), size)]
+            if isinstance(values, torch.Tensor):
+                columns[name] = values.unflatten(0, clamped.shape)
+            else:
+                size = len(offsets)
+                columns[name] = [values[at : at + size] for at in range(0, len(values), size)]
             columns[f"{name}_is_pad"] = wanted != clamped
         if "task_index" in columns:
             columns["task"] = [self.tasks[number] for number in columns["task_index"].tolist()]
         return [
-            dict(zip(columns, values, strict=True))
+            Sample(zip(columns, values, strict=True))
             for values in zip(*columns.values(), strict=True)
         ]
 
