@@ -272,6 +272,12 @@ def test_a_comparison_shows_differences_alone(tmp_path: Path) -> None:
     assert data["sort"] == "eval/val/loss"
 
 
+def test_a_run_within_another_run_has_a_name(tmp_path: Path) -> None:
+    """A comparison names a run by its folder, also if the other run is inside of it."""
+    runs = [write_metrics(tmp_path / name, [record(1, loss=1.0)]) for name in ("a", "a/b")]
+    assert [run["name"] for run in Page(render(runs)).data["runs"]] == ["a", "a/b"]
+
+
 def test_a_run_without_a_configuration_differs_in_nothing(tmp_path: Path) -> None:
     """The differences of a comparison are those of the runs that recorded a configuration."""
     for name, lr in (("a", 0.1), ("b", 0.2), ("c", None)):

@@ -89,7 +89,7 @@ def read_document(
     heading: str = runs[0]["name"]
     if len(runs) > 1 or tables:
         paths = [os.path.abspath(folder) for folder in folders]
-        common = os.path.commonpath(paths if len(paths) > 1 else [os.path.dirname(paths[0])])
+        common = os.path.commonpath([os.path.dirname(path) for path in paths])
         for run, path in zip(runs, paths, strict=True):
             run["name"] = text(os.path.relpath(path, common), limit=200)
         data["differences"] = [{"path": path, "values": v} for path, v in differing(runs)]
