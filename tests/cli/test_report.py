@@ -195,6 +195,15 @@ def test_runs_in_progress_have_their_newest_step(
     assert found["updated_at"] == "2026-01-04T00:02:00+00:00"
 
 
+def test_runs_inside_of_runs_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run folder inside another is listed after it; a checkpoint is none, whatever it has."""
+    made(folder / "a" / "second" / "x", 0.1, [1.0])
+    write_metrics(folder / "a" / "checkpoints" / "step_00000001", [record(1)])
+    assert main(["runs", "--json", "--sort", "run"]) == 0
+    paths = [each["path"] for each in json.loads(capsys.readouterr().out)]
+    assert paths == ["runs/a", "runs/a/second/x", "runs/c", "runs/deep/b"]
+
+
 def test_the_commands_do_not_import_torch(folder: Path) -> None:
     """The processes of both commands have not imported torch."""
     variables = {"PYTHONPROFILEIMPORTTIME": "1"}

@@ -155,6 +155,21 @@ def test_one_picture_in_a_terminal(
         assert "\x1b[3" not in terminal.output
 
 
+def test_measured_costs_are_shown(ended: Path) -> None:
+    """Of a run with a HookProfiler, a line has the time of a step and the largest stages."""
+    stages = {
+        "forward": {"share": 0.25},
+        "backward": {"share": 0.5},
+        "x": {"share": "much"},
+        "y": 3,
+    }
+    profile = {"version": 1, "step_seconds": 0.0125, "stages": stages}
+    (ended / "profile.json").write_text(json.dumps(profile))
+    assert picture(ended)[3] == "12.5 ms a step  backward 50 %  forward 25 %"
+    (ended / "profile.json").write_text('{"step_seconds": "fast"}')
+    assert "ms a step" not in "\n".join(picture(ended))
+
+
 def test_metrics_are_selected_by_words(ended: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--metric shows the metrics whose names contain one of the words."""
     assert main(["watch", str(ended), "--metric", "val", "--metric", "lr"]) == 0

@@ -46,7 +46,7 @@ class LiveView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = max(10, options.max_width)
         rows = console.size.height if self._is_live else _SNAPSHOT_ROWS
-        head = [*self._head(width, is_ascii=options.ascii_only), *self._outcome()]
+        head = [*self._head(width, is_ascii=options.ascii_only), *self._costs(), *self._outcome()]
         events = self._events(max(2, min(_MAX_EVENTS, rows // 5)) if rows >= 14 else 0)
         hooks = self._hooks(rows // 4 if rows >= 30 else 1) if rows >= 18 else []
         room = rows - len(head) - len(events) - len(hooks)
@@ -109,6 +109,15 @@ class LiveView:
         elif now.total_steps and now.steps is not None:
             done = min(width, width * now.steps // now.total_steps)
         return Text(marks[0] * done, style).append(marks[1] * (width - done), "dim")
+
+    def _costs(self) -> list[Text]:
+        """Return time of a step and the largest shares of stages, of a run with a profiler."""
+        run = self._run
+        if run.step_seconds is None:
+            return []
+        largest = sorted(run.stage_shares.items(), key=lambda item: -item[1])[:5]
+        shares = [f"{one_line(name)} {100 * share:.0f} %" for name, share in largest]
+        return [Text("  ".join([f"{1000 * run.step_seconds:.4g} ms a step", *shares]), "dim")]
 
     def _outcome(self) -> list[Text]:
         verdict, lines = self._run.position.verdict, []

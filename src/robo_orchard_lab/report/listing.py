@@ -47,7 +47,10 @@ def run_folder(path: Path) -> Path:
 
 
 def find_runs(folder: Path) -> Iterator[Path]:
-    """Iterate over the run folders in a folder and below, by name; links are not followed."""
+    """Iterate over the run folders in a folder and below, by name; links are not followed.
+
+    Runs inside the folder of another run are listed as well.
+    """
     visited = 0
     waiting = [(folder, 0)]
     while waiting and visited < _MAX_FOLDERS:
@@ -56,7 +59,6 @@ def find_runs(folder: Path) -> Iterator[Path]:
         try:
             if is_run(current):
                 yield current
-                continue
             if level == _LEVELS:
                 continue
             with os.scandir(current) as entries:

@@ -40,6 +40,10 @@ class LiveRun:
         self.events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
         self.hooks: dict[str, list[str]] = {}
         """Names of hooks by channel, the outermost first."""
+        self.step_seconds: float | None = None
+        """Time of a step, measured by a HookProfiler; None without one."""
+        self.stage_shares: dict[str, float] = {}
+        """Share of each stage in the time of the run, measured by a HookProfiler."""
         self.problems = Problems()
         self.position: Position = read_position(folder, folder / "metrics.jsonl", Problems())
         self._modes: dict[str, Mode] = {}
@@ -77,6 +81,14 @@ class LiveRun:
             if path != self._metrics.path:
                 self._metrics = LineReader(path, follow=True)
                 self._pending, self.metrics = None, Metrics()
+        if self._is_changed("profile.json"):
+            profile = read_object(self.folder / "profile.json", self.problems)
+            self.step_seconds = _finite(profile.get("step_seconds"))
+            shares = {
+                text(name, limit=40): _finite(mapping(stage).get("share"))
+                for name, stage in mapping(profile.get("stages")).items()
+            }
+            self.stage_shares = {name: share for name, share in shares.items() if share}
         if self._is_changed("plan.json"):
             self.hooks = {}
             plan = read_object(self.folder / "plan.json", self.problems)
@@ -132,3 +144,9 @@ class LiveRun:
                 curve.values = values[:0]
                 curve.steps.extend(steps[i] for i in kept)
                 curve.values.extend(values[i] for i in kept)
+
+
+def _finite(value: Any) -> float | None:
+    """Return a finite number that is not negative, or None."""
+    is_number = type(value) in (int, float) and 0 <= value < 1e9
+    return float(value) if is_number else None
