@@ -61,26 +61,26 @@ def write_plan(folder: Path, plan: RunPlan, step: int, events: EventLog) -> None
         step: completed steps; 0 for a new run.
         events: receives the changes as an event ``plan changed``.
     """
-    document, resumes = plan.to_dict(), []
+    document = plan.to_dict()
+    resumes, changes = list[dict[str, Any]](), list[PlanChange]()
     if step:
         try:
             saved = _read(folder / PLAN_FILE)
             resumes = [each for each in _items(saved.get("resumes")) if isinstance(each, dict)]
             changes = compare_plans(_items(saved.get("hooks")), document["hooks"])
         except FileNotFoundError:
-            changes = []
+            pass  # the first start with this folder
         except (OSError, StateError, JsonError) as error:
-            changes = []
             logger.warning("the hooks are not compared with those of the last start: %s", error)
-        if changes:
-            announce(logger, "the hooks differ from those of the last start:")
-            for change in changes[:_MAX_LOGGED]:
-                announce(logger, f"  {change}")
-            if len(changes) > _MAX_LOGGED:
-                announce(logger, f"  and {len(changes) - _MAX_LOGGED} more, see {PLAN_FILE}")
-            events.add("plan changed", "; ".join(map(str, changes)))
-            at = datetime.now(UTC).isoformat(timespec="seconds")
-            resumes.append({"at": at, "step": step, "changes": [*map(asdict, changes)]})
+    if changes:
+        announce(logger, "the hooks differ from those of the last start:")
+        for change in changes[:_MAX_LOGGED]:
+            announce(logger, f"  {change}")
+        if len(changes) > _MAX_LOGGED:
+            announce(logger, f"  and {len(changes) - _MAX_LOGGED} more, see {PLAN_FILE}")
+        events.add("plan changed", "; ".join(map(str, changes)))
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        resumes.append({"at": at, "step": step, "changes": [*map(asdict, changes)]})
     document["resumes"] = resumes[-_MAX_RESUMES:]
     try:
         make_folder(folder)
@@ -106,9 +106,8 @@ def compare_plans(before: Iterable[Any], after: Iterable[Any]) -> list[PlanChang
     for name in {**old.hooks, **new.hooks}:
         sides = old.hooks.get(name, {}), new.hooks.get(name, {})
         keys = [key for key in {**sides[0], **sides[1]} if sides[0].get(key) != sides[1].get(key)]
-        if not all(sides):  # the effects of a new hook are in the plan
-            keys = [key for key in keys if key not in EFFECTS]
-        if sides[0].keys().isdisjoint(EFFECTS):  # a plan of an earlier version
+        # The plan has the effects of a new hook; plans of an earlier version have none.
+        if not all(sides) or sides[0].keys().isdisjoint(EFFECTS):
             keys = [key for key in keys if key not in EFFECTS]
         if keys:
             texts = ("; ".join(side[key] for key in keys if key in side) for side in sides)
