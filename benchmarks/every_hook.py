@@ -18,6 +18,7 @@ from robo_orchard_lab.pipeline.hooks import (
     EMAConfig,
     FreezeHookConfig,
     GradientClippingHookConfig,
+    HookProfilerConfig,
     KeepBestConfig,
     LogImagesConfig,
     LossTrackerConfig,
@@ -112,6 +113,7 @@ def _every_hook(folder: Path, unseen: Iterable[Batch]) -> list[Any]:
         ModelSummaryConfig(),
         ClearCacheHookConfig(),
         TorchProfilerHookConfig(folder=str(folder / "traces"), start_step=10, steps=2),
+        HookProfilerConfig(),
         PreemptionConfig(),
         TimeLimitConfig(limit="10 h"),
     ]

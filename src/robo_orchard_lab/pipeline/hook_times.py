@@ -346,7 +346,8 @@ class HookTimes:
             steps_done: number of steps done, with the step of the last mark.
             at_end: also evaluate the marks after the last beginning of a step.
         """
-        keys, times = np.array(self._keys, np.int32), np.array(self._times)
+        count = min(len(self._keys), len(self._times))  # unequal after an interrupt within a mark
+        keys, times = np.array(self._keys[:count], np.int32), np.array(self._times[:count])
         begins = np.flatnonzero(keys == self._enter_step).tolist()
         if not len(keys) or not (begins or at_end):
             return

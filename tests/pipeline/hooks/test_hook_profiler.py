@@ -198,7 +198,10 @@ def test_parts_add_up_to_the_measured_time(tmp_path: Path) -> None:
     clock.on_step.before(lambda args: began.append(time.perf_counter()))
     last = PipelineHooks("last")
     last.on_loop.after(lambda args: ended.append(time.perf_counter()))
+    closing = PipelineHooks("closing")
+    closing.on_loop.after(lambda args: nap(times=60))  # no part of a step
     hooks: list[Any] = [
+        closing,
         clock,
         MetricsLoggerConfig(every="3 steps", sinks=[]),
         ValidationHookConfig(every="4 steps")(dataloaders={"val": make_loader(2)}),
@@ -461,7 +464,7 @@ def test_files_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureF
     assert sum("profile.json" in record.getMessage() for record in caplog.records) >= 1
 
 
-def test_rollback(tmp_path: Path) -> None:
+def test_rollback(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The steps before and after a rollback are measured, and the table is logged once."""
     again = PipelineHooks("again")
     asked: list[int] = []
@@ -477,7 +480,9 @@ def test_rollback(tmp_path: Path) -> None:
         SaveCheckpointConfig(every="5 steps"),
         HookProfilerConfig(max_share=None),
     ]
-    make_trainer(hooks, max_step=10, run_folder=tmp_path)()
+    with caplog.at_level(logging.INFO, LOGGER):
+        make_trainer(hooks, max_step=10, run_folder=tmp_path)()
+    assert sum(record.name == LOGGER for record in caplog.records) == 1
     document = read(tmp_path)
     assert document["steps"] == 11
     assert function(document, "again")["calls"] == 12
