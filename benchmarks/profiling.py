@@ -22,7 +22,7 @@ CONTENDERS = (
 
 def run(*, quick: bool) -> Report:
     settings = Settings(steps=500 if quick else 2000)
-    timed = time_steps(settings, CONTENDERS, rounds=3 if quick else 21)
+    timed = time_steps(settings, CONTENDERS, rounds=3 if quick else 13)
     samples, added = timed.samples, []
     for plain, profiled in zip(CONTENDERS[1].hook_counts, CONTENDERS[2].hook_counts, strict=True):
         ours, measured = CONTENDERS[1].label(plain), CONTENDERS[2].label(profiled)

@@ -19,7 +19,7 @@ from time import thread_time_ns
 
 import torch
 
-from benchmarks.contenders import bare, ours, ours_observed
+from benchmarks.contenders import bare, ours, ours_observed, ours_profiled
 from benchmarks.dispatch import bare_and_channel
 from benchmarks.pythons import HERE, variables
 from benchmarks.timing import ns_per_call
@@ -116,6 +116,7 @@ MEASURED: dict[str, Callable[[], float]] = {
     "step without hooks": partial(step, partial(ours.train, hook_count=0)),
     "step with 10 hooks": partial(step, partial(ours.train, hook_count=10)),
     "step with default logging": partial(step, partial(ours_observed.train, hook_count=0)),
+    "step with the profiler": partial(step, partial(ours_profiled.train, hook_count=0)),
     "import of the trainer": importing,
 }
 
