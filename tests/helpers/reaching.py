@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ class FaultyReach(Reach):
         fault_step: step of the fault.
         render: make ``render`` return images.
         images: observations with a camera image.
+        child: start a process, as some simulators do, which is in the trace as well.
         drifts: start each episode farther away; reset is not repeatable.
         trace: file that gets the id of the process in a line.
     """
@@ -36,6 +39,7 @@ class FaultyReach(Reach):
         fault_step: int = 2,
         render: bool = False,
         images: bool = False,
+        child: bool = False,
         drifts: bool = False,
         trace: str | None = None,
     ) -> None:
@@ -45,9 +49,15 @@ class FaultyReach(Reach):
         self.drift = 0.5 if drifts else 0.0
         self.seed: int | None = None
         self.resets = 0
+        started = [os.getpid()]
+        if child:
+            self.child = subprocess.Popen(["sleep", "3600"])
+            started.append(self.child.pid)
         if trace is not None:
             with open(trace, "a") as file:
-                file.write(f"{os.getpid()}\n")
+                file.write("".join(f"{pid}\n" for pid in started))
+        if fault == "hang at start":
+            time.sleep(3600)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -73,6 +83,8 @@ class FaultyReach(Reach):
             raise ValueError("the gripper is stuck")
         if self.fault == "hang":
             time.sleep(3600)
+        if self.fault == "hang without release":
+            ctypes.PyDLL("libc.so.6").sleep(3600)  # holds the lock of the interpreter
         if self.fault == "die":
             os._exit(7)
         if self.fault == "nan":

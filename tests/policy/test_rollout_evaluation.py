@@ -103,18 +103,20 @@ def test_training_is_as_without_rollouts(tmp_path: Path) -> None:
 
 
 def test_named_weights_are_evaluated() -> None:
-    """With weights="EMA", the episodes are those of the averaged weights."""
+    """With weights="EMA", the episodes are those of the averaged weights, which lag behind."""
     records = Records()
-    hooks = [
-        EMAConfig(decay=0.0),
-        evaluation(weights="EMA", label="ema"),
-        MetricsLoggerConfig(every="1 step"),
-        records,
-    ]
-    policy = ReachPolicy(gain=1.0)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    make_policy_trainer(hooks, policy, optimizer=optimizer, max_step=2)()
-    assert records.found[2]["eval/ema/pc_success"] == 100.0
+    hooks = {
+        "EMA": EMAConfig(decay=0.999),
+        "ema": evaluation(every="4 steps", weights="EMA", label="ema", max_episode_steps=10),
+        "own": evaluation(every="4 steps", max_episode_steps=10),
+        "log": MetricsLoggerConfig(every="1 step"),
+        "records": records,
+    }
+    policy = ReachPolicy(gain=0.0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.4)
+    make_policy_trainer(hooks, policy, optimizer=optimizer, max_step=4)()
+    found = records.found[4]
+    assert (found["eval/ema/pc_success"], found["eval/pc_success"]) == (0.0, 100.0)
     with pytest.raises(PipelineConfigError, match="no hook named 'EMB' keeps weights"):
         make_policy_trainer([EMAConfig(), evaluation(weights="EMB")], ReachPolicy(), max_step=2)()
 

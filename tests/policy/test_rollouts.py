@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -41,17 +42,25 @@ def await_end(trace: Path, timeout_s: float = 20.0) -> list[int]:
     return left
 
 
+def await_start(trace: Path, count: int = 4) -> None:
+    """Wait until a trace file has some processes, and all of them run."""
+    end = time.monotonic() + 120
+    while len(processes_in(trace)) < count and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(alive(trace)) == count
+
+
 def test_a_policy_that_acts_succeeds_and_one_that_does_not_fails(tmp_path: Path) -> None:
     """Success rate, lengths and seeds are those of the episodes, and all workers end."""
     trace = tmp_path / "trace"
-    factory = reach(trace=str(trace))
+    factory = reach(trace=str(trace), child=True)
     good = rollout(ReachPolicy(), factory, range(5, 12), environments=3)
     assert (good.pc_success, [e.seed for e in good.episodes]) == (100.0, [*range(5, 12)])
     assert all(1 <= e.length <= 10 for e in good.episodes)
     idle = rollout(ReachPolicy(gain=0.0), factory, range(3), environments=2, max_episode_steps=7)
     assert (idle.pc_success, idle.mean_length) == (0.0, 7.0)
-    assert len(processes_in(trace)) == 5
-    assert not alive(trace)
+    assert len(processes_in(trace)) == 2 * 5
+    assert await_end(trace) == []
 
 
 def test_the_result_is_that_of_a_loop_over_steps() -> None:
@@ -96,6 +105,11 @@ FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"step_timeout_s": 1.0},
         "seed 3, step 2: .* time limit of a step",
     ),
+    "hangs and blocks Python": (
+        {"fault": "hang without release", "child": True},
+        {"step_timeout_s": 1.0},
+        "seed 3, step 2: .* time limit of a step",
+    ),
     "nan": ({"fault": "nan"}, {}, "seed 3, step 4: expected finite observations, found NaN"),
 }
 
@@ -110,13 +124,13 @@ def test_a_failed_environment_is_an_error_or_a_record(
     with pytest.raises(RolloutError, match=message) as raised:
         rollout(ReachPolicy(), factory, range(6), environments=2, **options)
     assert (raised.value.seed, raised.value.step is not None) == (3, True)
-    assert not alive(trace)
+    assert await_end(trace) == []
     found = rollout(ReachPolicy(), factory, range(6), environments=2, on_error="record", **options)
     assert [e.seed for e in found.episodes if e.is_success] == [0, 1, 2, 4, 5]
     [failed] = found.errors
     assert (failed.seed, failed.is_success) == (3, False)
     assert f"{failed.error}" in str(raised.value)
-    assert not alive(trace)
+    assert await_end(trace) == []
 
 
 def test_a_worker_error_has_the_trace_of_the_environment() -> None:
@@ -210,33 +224,55 @@ def test_the_interval_is_wilsons(successes: int, count: int, low: float, high: f
 
 
 JOB = """
-import sys
+import sys, time
 from reaching import reach
-from reaching_policy import ReachPolicy
-from robo_orchard_lab.policy import rollout
-rollout(ReachPolicy(), reach(fault=sys.argv[2], trace=sys.argv[1]), range(8), step_timeout_s=600)
+from robo_orchard_lab.policy.environment_pool import EnvironmentPool
+environment = reach(fault=sys.argv[2], child=True, trace=sys.argv[1])
+pool = EnvironmentPool(environment, 2, step_timeout_s=600)
+pool.reset({0: 1, 1: 2})
+print("idle", flush=True)
+time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=lambda n: n.name)
-def test_no_worker_outlives_its_job(number: signal.Signals, tmp_path: Path) -> None:
-    """After kill -9, and after Ctrl-C, no worker runs, though the simulator blocks."""
+@pytest.mark.parametrize("fault", ["none", "hang at start"])
+def test_no_worker_outlives_a_killed_job(fault: str, tmp_path: Path) -> None:
+    """After kill -9 no idle or blocked worker runs, and no child of one."""
     trace = tmp_path / "trace"
-    job = subprocess.Popen(
-        [sys.executable, "-c", JOB, str(trace), "hang"],
+    with subprocess.Popen(
+        [sys.executable, "-c", JOB, str(trace), fault],
         env={**environment(), "PYTHONPATH": f"{os.pathsep.join(sys.path)}{os.pathsep}{HELPERS}"},
-        stderr=subprocess.PIPE,
-    )
-    try:
-        end = time.monotonic() + 120
-        while len(processes_in(trace)) < 4 and time.monotonic() < end:
-            time.sleep(0.05)
-        assert len(alive(trace)) == 4
-        job.send_signal(number)
-        job.communicate(timeout=60)
-    finally:
-        job.kill()
-        job.wait()
+        stdout=subprocess.PIPE,
+    ) as job:
+        try:
+            await_start(trace)
+            if fault == "none":
+                assert job.stdout is not None
+                assert job.stdout.readline() == b"idle\n"
+        finally:
+            job.kill()
+    assert await_end(trace) == []
+
+
+def test_no_worker_outlives_an_interrupt(tmp_path: Path) -> None:
+    """After Ctrl-C no worker and no child of one runs, though the simulator blocks."""
+    trace = tmp_path / "trace"
+
+    def interrupt() -> None:
+        await_start(trace)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        rollout(
+            ReachPolicy(),
+            reach(fault="hang", child=True, trace=str(trace)),
+            range(8),
+            environments=2,
+            step_timeout_s=600,
+        )
+    thread.join()
     assert await_end(trace) == []
 
 

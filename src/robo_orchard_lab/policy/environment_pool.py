@@ -66,14 +66,20 @@ class _Worker:
         self.seed: int | None = None
         self.step = 0
 
-    def end_text(self) -> str:
-        """Return the reason of the end of the process, which has closed its connection."""
-        end, found = time.monotonic() + _CLOSE_TIMEOUT_S, None
-        options = os.WEXITED | os.WNOHANG | os.WNOWAIT  # keeps its id for `kill`
+    def await_exit(self, end: float) -> Any:
+        """Return the exit of the process, which keeps its id for `kill`; None after a time."""
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
         while (found := os.waitid(os.P_PID, self.process.pid, options)) is None:
             if time.monotonic() > end:
-                return "the environment closed the connection of its process"
+                return None
             time.sleep(0.01)
+        return found
+
+    def end_text(self) -> str:
+        """Return the reason of the end of the process, which has closed its connection."""
+        found = self.await_exit(time.monotonic() + _CLOSE_TIMEOUT_S)
+        if found is None:
+            return "the environment closed the connection of its process"
         if found.si_code == os.CLD_EXITED:
             return f"the process of the environment ended with exit code {found.si_status}"
         if found.si_status == signal.SIGALRM:
@@ -200,8 +206,7 @@ class EnvironmentPool:
                 worker.connection.send(("close",))
         end = time.monotonic() + _CLOSE_TIMEOUT_S
         for worker in filter(None, self._workers):
-            with suppress(subprocess.TimeoutExpired):
-                worker.process.wait(max(0.0, end - time.monotonic()))
+            worker.await_exit(end)
         self.kill()
 
     def kill(self) -> None:

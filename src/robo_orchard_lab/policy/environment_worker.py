@@ -90,21 +90,22 @@ def serve(connection: Connection, parent: int) -> None:
         except Exception as error:
             reply = ("error", 0, _text(error))
         connection.send(reply)
-        while True:
-            request, *arguments = connection.recv()
-            if request == "close":
-                return
-            connection.send(_answer(environment, request, arguments, step_timeout_s))
+        while (message := connection.recv()) != ("close",):
+            connection.send(_answer(environment, *message, step_timeout_s=step_timeout_s))
+        is_orphan = False
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent ended
-    finally:
+        is_orphan = True
+    try:
         if environment is not None:
             signal.setitimer(signal.ITIMER_REAL, step_timeout_s)
             environment.close()
+    finally:
+        if is_orphan:  # else the parent ends the child processes of the environment
+            os.killpg(0, signal.SIGKILL)
 
 
 def _answer(
-    environment: Any, request: str, arguments: list[Any], step_timeout_s: float
+    environment: Any, request: str, *arguments: Any, step_timeout_s: float
 ) -> tuple[Any, ...]:
     steps = Steps()
     try:
