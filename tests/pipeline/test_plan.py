@@ -27,6 +27,8 @@ from robo_orchard_lab.pipeline.hooks import (
 )
 from robo_orchard_lab.pipeline.plan import RunPlan
 from robo_orchard_lab.pipeline.plan_file import compare_plans
+from robo_orchard_lab.report.files import Problems
+from robo_orchard_lab.report.plan import read_plan
 from tiny import make_trainer
 
 HOSTILE = 'a"]; end\n  click x "javascript:alert(1)"\x1b[31m #quot; `<b>` %%{init: {}}%% é \ud800'
@@ -266,6 +268,9 @@ def test_a_resume_shows_the_difference_of_the_plans(
     [resume] = saved["resumes"]
     assert (resume["step"], len(resume["changes"])) == (4, 4)
     assert {hook["hook"] for hook in saved["hooks"]} >= {"kept", "log", "new"}
+    shown = read_plan(tmp_path, Problems())["plan_changes"]  # in the report
+    assert sorted(f"{c['what']}: {c['before']} -> {c['after']}" for c in shown) == sorted(expected)
+    assert {change["step"] for change in shown} == {4}
 
     caplog.clear()
     resumed(tmp_path, named("kept"), named("log", when="3 steps"), named("new", "on_epoch"))
