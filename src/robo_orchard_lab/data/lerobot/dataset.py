@@ -138,6 +138,10 @@ class LeRobotDataset(Dataset[dict[str, Any]]):
                 f"validation split, found {count} and {validation_fraction}"
             )
         splits = {"train": train, "validation": validation}
+        if isinstance(episodes, str) and episodes not in splits:
+            raise LeRobotDatasetError(
+                f"episodes: expected train, validation or a list of indices, found {episodes!r}"
+            )
         self.episode_indices = (
             splits[episodes] if isinstance(episodes, str) else _checked_episodes(episodes, count)
         )

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robo_orchard_core.utils.config.errors import describe, did_you_mean, shorten
+from robo_orchard_core.utils.config.errors import describe, shorten, suggest_name
 from robo_orchard_core.utils.strict_json import JsonError, parse_json
 from robo_orchard_core.utils.untrusted_text import path_problem
 
@@ -286,8 +286,8 @@ def _check_template(name: str, template: Any, fields: Collection[str]) -> None:
         )
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None, **options: Any) -> Any:
-    """Read a Parquet file with pyarrow.
+def read_table(path: Path, columns: Sequence[str] | None = None, filters: Any = None) -> Any:
+    """Read columns and rows of a Parquet file with pyarrow.
 
     Raises:
         LeRobotDatasetError: the file is missing, truncated or lacks a column.
@@ -295,20 +295,13 @@ def read_table(path: Path, columns: Sequence[str] | None = None, **options: Any)
     pyarrow = require("pyarrow", "reading a LeRobotDataset")
     parquet = require("pyarrow.parquet", "reading a LeRobotDataset")
     try:
-        if columns is not None:
-            found = parquet.read_schema(path).names
-            for name in columns:
-                if name not in found:
-                    raise LeRobotDatasetError(
-                        f"{path}: expected a column {name!r}; {did_you_mean(name, found)}".rstrip(
-                            "; "
-                        )
-                    )
-        return (
-            parquet.ParquetFile(path).read(columns)
-            if not options
-            else parquet.read_table(path, columns=columns, partitioning=None, **options)
-        )
+        found = parquet.read_schema(path).names
+        for name in columns or ():
+            if name not in found:
+                raise LeRobotDatasetError(
+                    f"{path}: expected a column {name!r}; {suggest_name(name, found, 'it has')}"
+                )
+        return parquet.read_table(path, columns=columns, partitioning=None, filters=filters)
     except FileNotFoundError as error:
         raise LeRobotDatasetError(f"{path}: expected a Parquet file, found none") from error
     except (pyarrow.ArrowException, OSError) as error:
