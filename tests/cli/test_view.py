@@ -152,7 +152,7 @@ def test_nothing_is_served_without_the_token(server: Server) -> None:
         ("127.0.0.1", 200),
         ("127.0.0.1:1234", 200),  # through a forwarded port
         ("localhost", 200),
-        ("LOCALHOST:80", 200),
+        ("localhost:80", 200),
         ("evil.example", 400),
         ("evil.example:{port}", 400),
         ("127.0.0.1.evil.example", 400),

@@ -225,9 +225,15 @@ def hostile_run(folder: Path) -> Path:
 @pytest.mark.parametrize("width", [10, 30, 80, 200])
 def test_hostile_files_stay_on_their_lines(tmp_path: Path, width: int) -> None:
     """Names without width, control codes, huge and non-finite values break no line."""
-    lines = picture(hostile_run(tmp_path / "run"), width)
-    assert len(lines) <= 40
-    assert all(line.isprintable() for line in lines)
+    folder = hostile_run(tmp_path / "run")
+    process = {"pid": 1, "host": HOSTILE, "started_at": 0.0, "namespace": HOSTILE}
+    for state in (None, {"state": "running", "process": process}):
+        if state is not None:
+            (folder / "run_state.json").write_text(json.dumps(state))
+            (folder / "stage.json").write_text(json.dumps({"stage": HOSTILE, "detail": HOSTILE}))
+        lines = picture(folder, width)
+        assert len(lines) <= 40
+        assert all(line.isprintable() for line in lines)
 
 
 @pytest.mark.parametrize(

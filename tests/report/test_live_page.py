@@ -106,6 +106,11 @@ def test_a_list_with_hostile_names_stays_text(browser: Any, tmp_path: Path) -> N
         wait_until(browser, "return document.querySelectorAll('td a').length === 1")
         counts = "return document.querySelectorAll('#page script, #page img, [onerror]').length"
         assert browser.execute_script(counts) == 0
+        metrics = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        scroll = browser.execute_script("return document.documentElement.scrollWidth")
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert scroll <= 400
         assert NAME[:30] in browser.find_element("css selector", "td a").text
         browser.find_element("css selector", "td a").click()
         wait_until(browser, "return window.report?.charts.length === 1")

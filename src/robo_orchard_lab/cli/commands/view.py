@@ -60,10 +60,10 @@ def view(folder: Path, port: int) -> None:
         ws="none",
         timeout_graceful_shutdown=1,
     )
-    say(f"http://{_ADDRESS}:{listening.getsockname()[1]}/{token}/")
-    say("Ctrl-C ends the server.")
-    sys.stdout.flush()
     try:
+        say(f"http://{_ADDRESS}:{listening.getsockname()[1]}/{token}/")
+        say("Ctrl-C ends the server.")
+        sys.stdout.flush()
         uvicorn.Server(config).run(sockets=[listening])
     except KeyboardInterrupt:
         raise SystemExit(ExitCode.INTERRUPTED) from None
