@@ -24,7 +24,7 @@ class Channels:
     name = "profiler"
 
     def __init__(self) -> None:
-        self.times = HookTimes(lambda entry: "hooks", lambda entry: entry.label, range(1, 4))
+        self.times = HookTimes(lambda entry: "hooks", range(1, 4))
         self.fails_at = -1
         self.calls: dict[tuple[str, str], int] = {}
         self._channels = {name: self._make(name) for name in CHANNEL_NAMES}

@@ -20,6 +20,7 @@ from robo_orchard_core.utils.config.errors import did_you_mean
 from robo_orchard_core.utils.hook import (
     HookContext,
     HookContextChannel,
+    HookEntry,
     HookRegistrationError,
     RemovableHandle,
     add_origin,
@@ -594,6 +595,13 @@ def for_optimizers(names: Collection[str] | None, hook: HookFunction) -> HookFun
 
 HookLike: TypeAlias = "PipelineHooks | PipelineHooksConfig[PipelineHooks]"
 """Bundle of hooks, or a configuration that builds one."""
+
+
+def hook_name(entry: HookEntry[PipelineHookArgs]) -> str:
+    """Return the name of an entry's hook; without one, that of the entry."""
+    owner = entry.owner
+    is_unnamed = type(owner) is PipelineHooks and owner.name == PipelineHooks.__name__
+    return entry.label if owner is None or is_unnamed else owner.name
 
 
 def check_unique_names(bundles: Iterable[PipelineHooks]) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from robo_orchard_core.utils.hook import FunctionInfo, HookContext, HookEntry
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
+from robo_orchard_lab.pipeline.hook_set import hook_name
 
 Entry: TypeAlias = HookEntry[PipelineHookArgs]
 Function: TypeAlias = Callable[[PipelineHookArgs], Any]
@@ -211,17 +212,11 @@ class HookTimes:
 
     Args:
         stage_of: returns the stage of a hook's functions.
-        name_of: returns the name of an entry's hook.
         window: numbers of steps to record the spans of.
     """
 
-    def __init__(
-        self,
-        stage_of: Callable[[Entry], str],
-        name_of: Callable[[Entry], str],
-        window: range = range(0),
-    ) -> None:
-        self._stage_of, self._name_of, self._window = stage_of, name_of, window
+    def __init__(self, stage_of: Callable[[Entry], str], window: range = range(0)) -> None:
+        self._stage_of, self._window = stage_of, window
         self.parts: list[Part] = []
         self._by_key: dict[tuple[object, ...], Part] = {}
         self._marks: list[_Mark] = []
@@ -290,7 +285,7 @@ class HookTimes:
         if function is None:
             return None
         info = FunctionInfo.of(function)
-        name = self._name_of(entry)
+        name = hook_name(entry)
         key = channel, name, phase, info.location or info.name
         seen[key] = seen.get(key, 0) + 1
         part = self._part((*key, seen[key]), channel, self._stage_of(entry), name, phase)
@@ -458,7 +453,7 @@ def with_ranges(
     def ranged(entry: Entry, phase: str, function: Function | None) -> Function | None:
         if function is None:
             return None
-        name = f"{entry.label if entry.owner is None else entry.owner.name} {channel}.{phase}"
+        name = f"{hook_name(entry)} {channel}.{phase}"
 
         @functools.wraps(function)  # errors show the name and line of the function
         def run(args: PipelineHookArgs) -> None:

@@ -11,10 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from robo_orchard_core.utils.hook import FunctionInfo, HookEntry, short_location
+from robo_orchard_core.utils.hook import FunctionInfo, short_location
 from robo_orchard_core.utils.logging import one_line
-from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.hook_set import PipelineHooks
+from robo_orchard_lab.pipeline.hook_set import PipelineHooks, hook_name
 from robo_orchard_lab.pipeline.progress import CHANNEL_NAMES, PIPELINE_CHANNELS, PipelineChannel
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ class RunPlan:
                 PlannedHook(
                     channel=channel,
                     position=entry.position,
-                    hook=_name_of(entry),
+                    hook=hook_name(entry),
                     class_name=type(entry.owner or entry.context).__name__,
                     when=str(getattr(entry.context, "when", "always")),
                     before=_location(entry.before),
@@ -260,13 +259,6 @@ class RunPlan:
         if is_update and any(hook.class_name == NAMED_UPDATES for hook in self.hooks):
             return f"{channel.around}, in on_batch for a yielded loss"
         return channel.around
-
-
-def _name_of(entry: HookEntry[PipelineHookArgs]) -> str:
-    """Return the name of an entry's hook; without one, that of the entry."""
-    owner = entry.owner
-    is_unnamed = type(owner) is PipelineHooks and owner.name == PipelineHooks.__name__
-    return entry.label if owner is None or is_unnamed else owner.name
 
 
 def _location(function: Any) -> str | None:

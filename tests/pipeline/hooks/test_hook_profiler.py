@@ -242,6 +242,8 @@ def test_hook_has_time_with_and_without_nested_channels(tmp_path: Path) -> None:
     assert channels["on_optimizer_step"]["calls"] == 10
     all_naps = sum(slept[name])
     assert channels["on_optimizer_step"]["total_s"] >= all_naps
+    forward = document["stages"]["forward"]["total_s"]  # without the first step
+    assert channels["on_model_forward"]["self_s"] >= forward > 0
     assert channels["on_optimizer_step"]["self_s"] <= (
         channels["on_optimizer_step"]["total_s"] - all_naps
     )

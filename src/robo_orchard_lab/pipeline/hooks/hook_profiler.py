@@ -12,7 +12,7 @@
     hooks          channel, position, hook, phase ("before" or "after"), calls, first_s (first
                    call), self_s and total_s (all other calls, without and with the channels opened
                    inside), share (of self_s in seconds)
-    channels       channel, calls, self_s (dispatch), total_s (with hooks and body)
+    channels       channel, calls, self_s (without hooks and the channels opened inside), total_s
     device_idle    steps, mean_s and median_s: time of the device between two steps; with a device
     rank, ranks    rank of this document, and all of this for each rank
 
@@ -26,6 +26,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -102,7 +103,7 @@ class HookProfiler(PipelineHooks):
         self.cfg = cfg
         first = cfg.trace_start_step + 1
         window = range(first, first + cfg.trace_steps)
-        self._times = HookTimes(self._stage_of, _name_of, window)
+        self._times = HookTimes(self._stage_of, window)
         self._idle: DeviceIdle | None = None
         self._run: PipelineRun | None = None
         self._warned: set[str] = set()
@@ -128,7 +129,8 @@ class HookProfiler(PipelineHooks):
         rank = args.accelerator.process_index
         if rank and run.folder is not None:
             for name in (PROFILE_FILE, TRACE_FILE):
-                _of_rank(run.folder / name, rank).unlink(missing_ok=True)  # of a failed run before
+                with suppress(OSError):
+                    _of_rank(run.folder / name, rank).unlink()  # of a failed run before
         device = args.accelerator.device
         make_event = getattr(torch.get_device_module(device), "Event", None)
         if make_event is not None and device.type != "cpu" and self._idle is None:
@@ -247,6 +249,7 @@ class HookProfiler(PipelineHooks):
         order = {name: number for number, name in enumerate((*CHANNEL_NAMES, *COMMIT_STAGES))}
         hooks = [part for part in times.parts if part.hook is not None and part.calls]
         hooks.sort(key=lambda p: (order[p.channel], p.position, p.phase != "before"))
+        bodies = {part.channel: part.self_s for part in times.parts if part.phase == "body"}
         found: dict[str, Any] = {
             "version": 1,
             "rank": run.accelerator.process_index,
@@ -275,7 +278,8 @@ class HookProfiler(PipelineHooks):
             "channels": [
                 {
                     **{"channel": part.channel, "calls": part.calls},
-                    **{"self_s": part.self_s, "total_s": part.total_s},
+                    "self_s": part.self_s + bodies[part.channel],
+                    "total_s": part.total_s,
                 }
                 for part in sorted(times.parts, key=lambda part: order[part.channel])
                 if part.phase is None and part.calls
@@ -413,13 +417,6 @@ class ProfileTable:
         if len(by_cost) > _MOST_ROWS:
             lines.append(f"{len(by_cost) - _MOST_ROWS} more in {PROFILE_FILE}")
         return "\n".join(lines)
-
-
-def _name_of(entry: Entry) -> str:
-    """Return the name of an entry's hook; without one, that of the entry."""
-    owner = entry.owner
-    is_unnamed = type(owner) is PipelineHooks and owner.name == PipelineHooks.__name__
-    return entry.label if owner is None or is_unnamed else owner.name
 
 
 def _of_rank(path: Path, rank: int) -> Path:
