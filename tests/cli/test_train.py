@@ -208,6 +208,7 @@ def test_the_learning_rate_is_changed_on_a_resume(capsys: pytest.CaptureFixture[
         (["train", FILE, "--trainer.max_epochs", "3"], "did you mean 'max_epoch'"),
         (["train", FILE, "--dry-run", "--debug-fast"], "expected one of"),
         (["train", FILE, "--allow", "all"], "'all' is not 'trajectory'"),
+        (["train", FILE, "-q", "--log-level", "info"], "found --quiet and --log-level"),
         (["train", FILE, SLOW], "mine:Slow"),
         (
             ["train", FILE, "--run_folder", f"{FILE}/x"],

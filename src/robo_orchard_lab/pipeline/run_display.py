@@ -130,12 +130,20 @@ class MetricResult:
     best: tuple[float, int] | None = None
     """Best value and its step; None if neither direction is known to be good."""
     curve: str = ""
+    since: int = 0
+    """Completed steps before the first known value; earlier values may be better."""
 
     def __str__(self) -> str:
         last = f"{one_line(self.name)} {number_text(self.last)} at step {self.last_step}"
         if self.best is None:
             return last
-        return f"{last}, best {number_text(self.best[0])} at step {self.best[1]}"
+        return f"{last}, {self.best_text(number_text(self.best[0]))}"
+
+    def best_text(self, value: str) -> str:
+        """Return the best value, formatted as ``value``, with its step."""
+        assert self.best is not None  # checked by the caller
+        since = f", known since step {self.since}" if self.since else ""
+        return f"best {value} at step {self.best[1]}{since}"
 
 
 class Display(Protocol):
@@ -386,7 +394,7 @@ def result_lines(results: Sequence[MetricResult], width: int, is_ascii: bool) ->
     for result, name, value, best in zip(results, names, values, bests, strict=True):
         rest = "" if is_ascii else result.curve
         if result.best:
-            rest = f"best {best:>{best_width}} at step {result.best[1]}"
+            rest = result.best_text(f"{best:>{best_width}}")
         line = f"{_GAP}{name:<{name_width}}{_GAP}{value:>{value_width}}{_GAP}{rest}".rstrip()
         lines.append(line if len(line) <= width else f"{_GAP}{name} {value} {rest}".rstrip())
     return lines

@@ -32,7 +32,7 @@ from robo_orchard_lab.pipeline.hooks import ProgressBarHookConfig
 from robo_orchard_lab.pipeline.hooks.metrics_logger import MetricsLoggerConfig
 from robo_orchard_lab.pipeline.metrics import UnknownMetricError
 from robo_orchard_lab.pipeline.progress import remaining_steps
-from robo_orchard_lab.pipeline.run_display import RunStatus, _BarLine
+from robo_orchard_lab.pipeline.run_display import AlignedLines, RunStatus, _BarLine
 from robo_orchard_lab.pipeline.trigger import EverySteps
 from robo_orchard_lab.testing import assert_weights_unchanged
 from tiny import loss_of, make_loader, make_model, make_trainer
@@ -633,6 +633,74 @@ class TestBar:
                 make_trainer([ProgressBarHookConfig(), talk], max_epoch=1)()
             assert file.getvalue() == "a result\n"
             assert "epoch 1/1  step 1/7" in terminal.getvalue()
+
+
+class Evaluator(Publisher):
+    """Publishes a falling, then a rising error in `eval/error`."""
+
+    published_metrics = ("loss/total", "eval/error")
+
+    def evaluate(self, args: PipelineHookArgs) -> None:
+        args.metrics.publish("eval/error", [0.0, 0.5, 0.2, 0.4, 0.3][args.epoch_id])
+
+
+def test_the_result_of_a_resumed_run_is_of_the_complete_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The best value of a metric may be from before the resume; the loss has its complete curve."""
+    hooks: list[Any] = [ProgressBarHookConfig(), MetricsLoggerConfig(), Evaluator()]
+    given_up = make_trainer(hooks, max_epoch=2)
+    given_up()
+    given_up.save_checkpoint(tmp_path / "saved")
+    with a_terminal(monkeypatch) as terminal:
+        make_trainer([*hooks[:2], Evaluator()], max_epoch=4, resume_from=tmp_path / "saved")()
+        shown = terminal.screen()
+    assert "run    4 epochs, 28 steps, resumed after step 14, from saved" in shown
+    assert re.fullmatch(r"  loss +25\.00  ▁▃▆█", shown[-2])
+    assert shown[-1] == "  eval/error  0.3000  best 0.2000 at step 14"
+
+
+@pytest.mark.parametrize("is_hidden", [True, False])
+def test_the_result_covers_hidden_steps_or_states_the_first_one(
+    is_hidden: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Values of a hidden start count; without the hook at the start, the result says since when."""
+    hooks: list[Any] = [ProgressBarHookConfig(), MetricsLoggerConfig()]
+    monkeypatch.setattr(logging.getLogger("robo_orchard_lab"), "level", logging.WARNING)
+    given_up = make_trainer([*hooks[not is_hidden :], Evaluator()], max_epoch=2)
+    given_up()
+    given_up.save_checkpoint(tmp_path / "saved")
+    monkeypatch.undo()
+    with a_terminal(monkeypatch) as terminal:
+        make_trainer([*hooks, Evaluator()], max_epoch=4, resume_from=tmp_path / "saved")()
+        shown = terminal.screen()[-1]
+    since = "" if is_hidden else ", known since step 14"
+    assert shown == f"  eval/error  0.3000  best 0.2000 at step 14{since}"
+
+
+def test_a_new_column_has_a_new_heading() -> None:
+    """A metric that is first measured later gets a column; missing values are blank."""
+    lines = AlignedLines()
+    first = lines.of(RunStatus(1, 5, 10, 50, {"loss": 0.5, "lr": 1e-3}), 80)
+    second = lines.of(RunStatus(2, 5, 20, 50, {"loss": 0.4, "eval/x": 2.0, "lr": 1e-3}), 80)
+    third = lines.of(RunStatus(3, 5, 30, 50, {"loss": 0.3, "lr": 1e-4}), 80)
+    assert [text.split() for _, text in (*first, *second, *third)] == [
+        ["epoch", "step", "loss", "lr", "samples/s"],
+        ["1", "10", "0.5000", "1.00e-03"],
+        ["epoch", "step", "loss", "x", "lr", "samples/s"],
+        ["2", "20", "0.4000", "2.0000", "1.00e-03"],
+        ["3", "30", "0.3000", "1.00e-04"],
+    ]
+    assert len({len(text) for _, text in (*second, *third)}) == 1
+
+
+def test_the_log_level_of_the_package_hides_the_progress(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is printed with a level above INFO of ``robo_orchard_lab``, also without handlers."""
+    monkeypatch.setattr(logging.getLogger("robo_orchard_lab"), "level", logging.WARNING)
+    make_trainer(ProgressBarHookConfig(refresh_seconds=EVERY_STEP), max_epoch=1)()
+    assert capsys.readouterr() == ("", "")
 
 
 SCRIPT = """

@@ -21,7 +21,6 @@ from robo_orchard_lab.pipeline.metrics import MetricsRecord
 from robo_orchard_lab.pipeline.run.durable import set_aside
 from robo_orchard_lab.pipeline.sinks import (
     LogSink,
-    LogSinkConfig,
     MetricsFileError,
     MetricsSink,
     SinkConfig,
@@ -208,12 +207,11 @@ class MetricsLoggerConfig(PipelineHooksConfig[MetricsLogger]):
 
 
 def default_hooks() -> list[HookLike]:
-    """Return the hooks of a trainer without hooks: progress, mean losses, and their log lines.
+    """Return the hooks of a trainer without hooks: progress, mean losses, and logging points.
 
     Pass the list with more hooks: ``hooks=[*default_hooks(), MyHook()]``.
 
     >>> [hook().name for hook in default_hooks()]
     ['ProgressBarHook', 'LossTracker', 'MetricsLogger']
     """
-    logger = MetricsLoggerConfig(sinks=[LogSinkConfig()])
-    return [ProgressBarHookConfig(), LossTrackerConfig(), logger]
+    return [ProgressBarHookConfig(), LossTrackerConfig(), MetricsLoggerConfig()]

@@ -83,6 +83,7 @@ class ProgressBarHook(PipelineHooks):
         self.shows_result = False
         """True if a terminal shows the result of the last loop."""
         self._display: Display | None = None  # of the main process, in a loop
+        self._history: MetricHistory | None = None
         self._handles = ExitStack()  # until the loop ends
         self._is_rolled_back = False
         hook = HookContext.from_callable
@@ -95,20 +96,21 @@ class ProgressBarHook(PipelineHooks):
         for name in self.cfg.metrics or ():
             if not _is_pattern(name):
                 self._handles.enter_context(args.metrics.expect(name, self.name))
-        self._history = MetricHistory()
+        if args.global_step_id == 0 or self._history is None:
+            self._history = MetricHistory(since=args.global_step_id)
         if saved := args.metrics.add_writer(self.name, self._history.state_dict):
             with errors_of(f"the saved state of {self.name}"):
                 self._history.load_state_dict(saved)
         self.shows_result = False
-        if not args.accelerator.is_main_process or own_level(logger) > logging.INFO:
-            return
         run = self._run = args.run
-        self._losses: Mapping[str, torch.Tensor] = {}  # of the last step, by metric
         self._loss_names = [f"loss/{name}" for name in run.optimizer_names] or [_LOSS]
         self._values: dict[str, MetricValue] = {}
-        self._reader = _DeviceReader()
         self._is_logged = False
         self._follows_losses = True
+        if not args.accelerator.is_main_process or own_level(logger) > logging.INFO:
+            return
+        self._losses: Mapping[str, torch.Tensor] = {}  # of the last step, by metric
+        self._reader = _DeviceReader()
         self._held: RunStatus | None = None  # of the end of an epoch, until its values are there
         self._steps_per_epoch = run.steps_per_epoch
         self._first_step = args.global_step_id
@@ -127,14 +129,14 @@ class ProgressBarHook(PipelineHooks):
 
     def _begin_epoch(self, args: PipelineHookArgs) -> None:
         """Listen to logging points; by now every hook has begun the loop."""
-        if self._display is None:
+        if not args.accelerator.is_main_process:
             return
-        if args.metrics.is_logged and not self._is_logged:
+        if args.metrics.is_logged and not self._is_logged:  # also a hidden run has a history
             self._is_logged = True
             self._handles.enter_context(args.metrics.listen(self._receive))
             self._store(args.metrics.last_values())
             self._follows_losses = not any(name in self._values for name in self._loss_names)
-        if self._is_logged:
+        if self._is_logged and self._display is not None:
             self._show_held()
 
     def _finish_step(self, args: PipelineHookArgs) -> None:
@@ -143,9 +145,10 @@ class ProgressBarHook(PipelineHooks):
             return
         self._samples += args.batch_size
         if self._follows_losses and not args.is_padding_step:
-            loss = args.loss
-            named = {f"loss/{name}": each for name, each in args.losses.items()}
-            self._losses = named if loss is None else {_LOSS: loss}
+            if (loss := args.loss) is not None:
+                self._losses = {_LOSS: loss}
+            else:
+                self._losses = {f"loss/{name}": each for name, each in args.losses.items()}
         now = time.perf_counter()
         if now >= self._next_at:
             progress = replace(args.progress)  # the counters after this step
@@ -210,7 +213,8 @@ class ProgressBarHook(PipelineHooks):
         self._store(record.values)
         self._follows_losses &= not any(name in self._values for name in self._loss_names)
         now, display = time.perf_counter(), self._display
-        assert display is not None  # in a loop
+        if display is None:
+            return
         if self._held is not None:
             self._show_held()
         elif display.redraws:
@@ -223,6 +227,7 @@ class ProgressBarHook(PipelineHooks):
         values = [*values]
         self._values |= {value.name: value for value in values}
         kept = [v for v in values if v.name in self._loss_names or v.name.startswith("eval/")]
+        assert self._history is not None  # in a loop
         self._history.add(kept, self._loss_names)
 
     def _show_held(self) -> None:
@@ -318,17 +323,19 @@ class ProgressBarHook(PipelineHooks):
         return replace(status, values=values, losses=losses)
 
     def _results(self) -> list[MetricResult]:
-        results = []
-        names = [*self._loss_names, *sorted(self._history.extremes.keys() - {*self._loss_names})]
+        results, history = [], self._history
+        assert history is not None  # in a loop
+        names = [*self._loss_names, *sorted(history.extremes.keys() - {*self._loss_names})]
         for name in names:
-            if (found := self._history.extremes.get(name)) is None:
+            if (found := history.extremes.get(name)) is None:
                 continue
-            curve = self._history.curves.get(name)
+            curve = history.curves.get(name)
             mode = self._run.metric_modes.get(name) or guess_mode(name)
             best = found.best(mode) if mode is not None and name.startswith("eval/") else None
             label = "loss" if name == _LOSS else name
             line = "" if curve is None else curve.sparkline(_SPARKLINE_WIDTH)
-            results.append(MetricResult(label, found.last, found.last_step, best, line))
+            last = found.last, found.last_step
+            results.append(MetricResult(label, *last, best, line, since=history.since))
         return results
 
     def _verdict(self, args: PipelineHookArgs, status: RunStatus) -> str:

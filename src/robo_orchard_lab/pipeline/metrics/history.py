@@ -15,6 +15,7 @@ from robo_orchard_lab.pipeline.state_schema import Count, Real, StateSchema, Tex
 _MAX_MEANS = 128
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SCHEMA = StateSchema(
+    since=Count,
     extremes=list[tuple[Text, Real, Count, Real, Count, Real, Count]],
     curves=list[tuple[Text, list[Real], Count, Count]],
 )
@@ -90,9 +91,14 @@ class Curve:
 
 
 class MetricHistory:
-    """Last and best values of metrics, and curves of losses; saved with the run."""
+    """Last and best values of metrics, and curves of losses; saved with the run.
 
-    def __init__(self) -> None:
+    Args:
+        since: completed steps before the first value.
+    """
+
+    def __init__(self, since: int = 0) -> None:
+        self.since = since
         self.extremes: dict[str, Extremes] = {}
         self.curves: dict[str, Curve] = {}
 
@@ -109,6 +115,7 @@ class MetricHistory:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values."""
         return {
+            "since": self.since,
             "extremes": [(name, *astuple(each)) for name, each in self.extremes.items()],
             "curves": [(name, *astuple(each)) for name, each in self.curves.items()],
         }
@@ -116,5 +123,6 @@ class MetricHistory:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state; raises a StateError without a change if it is not one."""
         _SCHEMA.check(state, "metric history")
+        self.since = state["since"]
         self.extremes = {name: Extremes(*rest) for name, *rest in state["extremes"]}
         self.curves = {name: Curve(list(means), *rest) for name, means, *rest in state["curves"]}

@@ -136,7 +136,7 @@ class HookBasedTrainer(EvaluationMethods):
             optimizers, a mapping by their names.
         hooks: bundles of hooks and configurations of bundles, in any mixture, or a mapping that
             names them; the first is the outermost. None uses ``hooks.default_hooks()``, which show
-            the progress and log the losses; ``[]`` uses no hook.
+            the progress and the losses; ``[]`` uses no hook.
         max_step: stop after this many steps.
         max_optimizer_step: stop after this many committed optimizer steps.
         max_epoch: stop after this many epochs.
