@@ -292,6 +292,16 @@ def test_costs_are_in_collapsed_groups(browser: Any, tmp_path: Path) -> None:
     assert len(browser.find_elements("css selector", "#curves > .charts .chart")) == 1
 
 
+def test_an_interval_is_in_the_chart_of_its_value(browser: Any, tmp_path: Path) -> None:
+    """The bounds of an evaluation's value, as of a success rate, share its chart."""
+    values = {f"eval/pc_success{end}": 50.0 for end in ("", "_low", "_high")}
+    file = tmp_path / "page.html"
+    file.write_text(render([write_metrics(tmp_path / "run", [record(1, lr_low=1.0, **values)])]))
+    browser.get(file.as_uri())
+    charts = browser.execute_script("return report.charts.map(c => [c.title, c.series.length])")
+    assert sorted(charts) == [["lr_low", 1], ["pc_success", 3]]
+
+
 def test_videos_play_and_damaged_media_are_named(browser: Any, tmp_path: Path) -> None:
     """Videos of a step are all shown, and play; damaged and cut files have a text instead."""
     pytest.importorskip("av", reason="PyAV, which encodes videos, is missing")

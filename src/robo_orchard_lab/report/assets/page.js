@@ -202,7 +202,7 @@
   }
 
   function groupOf(name) {
-    let parts = name.split("/");
+    let parts = (name.startsWith("eval/") ? name.replace(/_(low|high)$/, "") : name).split("/"); // an interval
     if (parts[0] === "eval" && parts.length > 1) parts = parts.slice(Math.min(2, parts.length - 1));
     else if (parts[0] === "train" && parts.length > 1) parts = parts.slice(1);
     if (["loss", "lr", "grad_norm"].includes(parts[0])) return parts[0];
