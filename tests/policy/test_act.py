@@ -48,9 +48,13 @@ def policy_cameras(policy: ACT) -> list[str]:
 
 
 def test_position_in_the_image_changes_the_prediction() -> None:
-    """A bright patch in another corner of an image gives other actions."""
+    """A bright patch in another corner of an image gives other actions.
+
+    Features of a patch are independent of its neighbors here: only its position differs.
+    """
     torch.manual_seed(0)
     policy = ACT(make_statistics(cameras=["top"]), **SMALL).eval()
+    policy.backbone = torch.nn.Sequential(torch.nn.AvgPool2d(32), torch.nn.Conv2d(3, 512, 1))
     batch = make_batch(size=2, cameras=["top"], pixels=64)
     batch["observation.state"][:] = 0.0
     images = torch.zeros(2, 3, 64, 64)
@@ -58,6 +62,17 @@ def test_position_in_the_image_changes_the_prediction() -> None:
     images[1, :, 32:, 32:] = 1.0
     first, second = policy.predict_actions({**batch, "observation.images.top": images})
     assert (first - second).abs().max() > 1e-4
+
+
+def test_predictions_are_deterministic() -> None:
+    """The latent of a prediction is 0, not random."""
+    policy = ACT(make_statistics(cameras=["top"]), **SMALL)
+    batch = make_batch(cameras=["top"])
+    predicted = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        predicted.append(policy.predict_actions(batch))
+    assert torch.equal(predicted[0], predicted[1])
 
 
 def test_cameras_of_different_sizes() -> None:
