@@ -205,6 +205,11 @@ def test_observations_become_a_batch_of_lerobot() -> None:
     assert batch["observation.state"].tolist() == [[1.0], [1.0]]
     with pytest.raises(RolloutError, match=r"expected names such as .* found pixels"):
         to_batch([{"pixels": pixels}])
+    for other in ({}, {"observation.state": [1.0, 2.0]}, {"observation.state": ["a"]}):
+        with pytest.raises(
+            RolloutError, match=r"expected observation.state as an array of one sha"
+        ):
+            to_batch([{"observation.state": [1.0]}, other])
     with pytest.raises(RolloutError, match=r"expected uint8 of shape \(H, W, 3\)"):
         to_batch([{"observation.images.top": pixels.astype(float)}])
 

@@ -283,9 +283,9 @@ class Rollouts:
         try:
             with torch.no_grad():
                 tensor = self.policy.predict_actions({n: v.to(device) for n, v in batch.items()})
+                found: npt.NDArray[Any] = tensor.float().cpu().numpy()  # a device sync
         except Exception as error:  # of any policy
             raise RolloutError(f"{type(error).__name__}: {error}") from error
-        found: npt.NDArray[Any] = tensor.detach().float().cpu().numpy()  # a device sync
         return found
 
     def _checked(self, actions: npt.NDArray[Any], spec: EnvironmentSpec) -> npt.NDArray[Any]:
@@ -400,7 +400,11 @@ def to_batch(observations: Sequence[Any]) -> dict[str, torch.Tensor]:
                 f"expected names such as {STATE} and {IMAGES}top, found {', '.join(named[0])}; "
                 "rename them in the environment"
             )
-        values = torch.from_numpy(np.stack([np.asarray(each[key]) for each in named]))
+        try:
+            values = torch.from_numpy(np.stack([np.asarray(each[key]) for each in named]))
+        except (KeyError, TypeError, ValueError) as error:  # missing, no numbers, or two shapes
+            problem = f"expected {key} as an array of one shape in each observation: {error}"
+            raise RolloutError(problem) from error
         if key.startswith(IMAGES):
             if values.dtype != torch.uint8 or values.ndim != 4 or values.shape[-1] != 3:
                 found = f"{values.dtype} of shape {(*values.shape[1:],)}"
