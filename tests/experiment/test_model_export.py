@@ -64,6 +64,18 @@ class Noisy(TwoInputs):
         return {name: value + torch.rand_like(value) for name, value in outputs.items()}
 
 
+class Loss(TwoInputs):
+    """Returns its loss, as a policy does."""
+
+    def forward(self, image, *, state):
+        return super().forward(image, state=state)["logits"].square().mean()
+
+
+class LossProcessor(SimpleBatchProcessor):
+    def forward(self, model, batch):
+        return None, model(batch["image"], state=batch["state"])
+
+
 class Processor(SimpleBatchProcessor):
     def forward(self, model, batch):
         outputs = model(batch["image"], state=batch["state"])
@@ -161,8 +173,15 @@ def test_torch_export_and_onnx_run_without_the_code(capsys: pytest.CaptureFixtur
         (["--model.class_type=pairs_models:Noisy"], "does the model use random numbers"),
         (["--batch_processor.class_type=pairs_models:PartsProcessor"], "calls the model"),
         (["--data.evaluation.val.batch_size=1"], "at least 2 samples"),
+        (
+            [
+                "--model.class_type=pairs_models:Loss",
+                "--batch_processor.class_type=pairs_models:LossProcessor",
+            ],
+            "a row for each sample",
+        ),
     ],
-    ids=["fixed batch", "random outputs", "no call", "batch of one"],
+    ids=["fixed batch", "random outputs", "no call", "batch of one", "loss"],
 )
 def test_an_export_that_would_be_wrong_is_refused(
     options: list[str], match: str, capsys: pytest.CaptureFixture[str]

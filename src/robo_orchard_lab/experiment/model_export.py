@@ -122,6 +122,14 @@ def export_model(
             f"expected a batch of at least 2 samples in {data}, found {call.batch_size}; the batch "
             "size would be fixed; set a larger batch_size"
         )
+    with torch.no_grad():
+        outputs = [*_tensors(model(*call.args, **call.kwargs))]
+    if not any(output.shape[:1] == (call.batch_size,) for output in outputs):
+        raise PipelineConfigError(
+            f"expected an output of {type(model).__name__} with a row for each sample, found "
+            f"{', '.join(str([*output.shape]) for output in outputs) or 'no tensor'}: a loss is "
+            "nothing to export; export a policy with robo_orchard_lab.policy.export_policy"
+        )
     content, run = (_to_onnx if format == "onnx" else _to_torch_export)(model, call)
     sizes = sorted({call.batch_size, call.batch_size // 2, 1}, reverse=True)
     difference = max(_difference(model, run, call.cut(size), tolerance) for size in sizes)
