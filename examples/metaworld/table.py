@@ -26,8 +26,7 @@ from robo_orchard_lab.policy import Policy, rollout
 from robo_orchard_lab.policy.rollouts import wilson_interval
 
 FOLDER = Path("runs/table")
-FILE = Path(__file__).with_name("pick_place.yaml")
-POLICIES = ("BehaviorCloning", "DiffusionPolicy")
+FILES = {"BehaviorCloning": "pick_place.yaml", "DiffusionPolicy": "diffusion.yaml"}
 EPISODES = 100
 MAX_EPISODE_STEPS = 200
 
@@ -38,11 +37,10 @@ def measure(policy: str, demonstrations: int, seed: int, steps: int) -> int:
     if not data.exists():
         collect(data, 50, seed)
     experiment = ExperimentConfig.load(
-        FILE,
+        Path(__file__).with_name(FILES[policy]),
         trust="pick_place",
         overrides={
             "seed": seed,
-            "model.class_type": policy,
             "data.train.dataset.folder": str(data),
             "data.train.dataset.episodes": [*range(demonstrations)],
             "trainer.max_step": steps,
@@ -91,7 +89,7 @@ def cell(counts: Sequence[int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure success by number of demonstrations.")
     parser.add_argument("--demonstrations", type=int, nargs="+", default=[10, 20, 50])
-    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    parser.add_argument("--policies", nargs="+", choices=FILES, default=[*FILES])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
     given = parser.parse_args()
