@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from robo_orchard_lab.data.lerobot import LeRobotDataset, LeRobotDatasetError
+from robo_orchard_lab.data.lerobot import LeRobotDataset, LeRobotDatasetError, LeRobotWriter
 from robo_orchard_lab.data.lerobot.dataset import split_episodes
 from robot_data import ACTION, STATE, camera, seen_in, value_of, write_dataset
 
@@ -195,6 +195,26 @@ def test_workers_load_equal_samples(filmed: Path, context: str, workers: int) ->
                 assert np.array_equal(batch[name][position], value), name
             index += 1
     assert index == len(dataset)
+
+
+def test_forked_workers_open_videos_of_their_own(tmp_path: Path) -> None:
+    """After a fork, workers share no file position with this process or with each other."""
+    features = {"action": ACTION, "observation.images.top": camera(128, 128)}
+    random = np.random.default_rng(0)
+    with LeRobotWriter(tmp_path / "data", fps=30, features=features, codec="h264") as writer:
+        for _ in range(60):  # noise: larger than the buffer of a file
+            noise = random.integers(0, 255, (128, 128, 3), dtype=np.uint8)
+            writer.add_frame({"action": [0, 0], "observation.images.top": noise, "task": "look"})
+        writer.save_episode()
+    dataset = LeRobotDataset(tmp_path / "data", frame_cache_mb=0)
+    expected = [dataset[index]["observation.images.top"] for index in range(60)]
+    order = random.permutation(60).tolist() * 2
+    fork = multiprocessing.get_context("fork")
+    loader: DataLoader[Any] = DataLoader(
+        dataset, None, sampler=order, num_workers=2, multiprocessing_context=fork
+    )
+    for index, sample in zip(order, loader, strict=True):
+        assert torch.equal(sample["observation.images.top"], expected[index])
 
 
 def test_pickled_datasets_leave_out_open_videos(filmed: Path) -> None:
