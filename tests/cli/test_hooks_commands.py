@@ -35,7 +35,7 @@ def test_all_built_in_hooks_are_listed(capsys: pytest.CaptureFixture[str]) -> No
     assert lines[0].split() == ["HOOK", "DOES"]
     listed = [line.split()[0] for line in lines[1:]]
     configured = {name.removesuffix("Config") for name in built_in.__all__ if "Config" in name}
-    assert set(listed) == {*configured, "RolloutEvaluation"}
+    assert set(listed) == {*configured, "RolloutEvaluation", "SweepTrial"}
     assert all(len(line.split()) > 3 for line in lines[1:])
     printed = json.loads(shown(capsys, "hooks", "list", "--json"))
     assert [each["name"] for each in printed] == listed

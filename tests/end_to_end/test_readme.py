@@ -84,12 +84,12 @@ def test_the_experiment_in_the_readme_is_valid(tmp_path: Path) -> None:
 
 def test_the_table_of_hooks_is_complete() -> None:
     """The table in docs/hooks.md has every hook that the packages export."""
-    from robo_orchard_lab import policy
+    from robo_orchard_lab import policy, search
     from robo_orchard_lab.pipeline import PipelineHooks, hooks
 
     exported = {
         name
-        for package in (hooks, policy)
+        for package in (hooks, policy, search)
         for name in package.__all__
         if isinstance(cls := getattr(package, name), type) and issubclass(cls, PipelineHooks)
     }

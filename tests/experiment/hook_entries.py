@@ -114,7 +114,9 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
         {"read": "one update late", "sample_ids": "index", "optimizers": ["d"]},
     ],
     "Preemption": [{"signals": ["SIGTERM"], "exit_code": 75, "save_checkpoint": False}],
-    "ProgressBarHook": [{"metrics": ["grad_norm"], "refresh_seconds": 0.25, "plain": True}],
+    "ProgressBarHook": [
+        {"metrics": ["grad_norm"], "refresh_seconds": 0.25, "plain": True, "lines": "all"}
+    ],
     "Report": [{"every_seconds": 5.0}],
     "SamplePredictions": [
         {

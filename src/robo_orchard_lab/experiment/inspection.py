@@ -109,6 +109,7 @@ EXAMPLES: Mapping[str, dict[str, Plain]] = {
         "every": "200 steps | 1 epoch",
         "episodes": 20,
     },
+    "SweepTrial": {"study": "spirals", "trial": 0, "metric": "eval/val/loss"},
     "TimeLimit": {"limit": "3h30min"},
     "TorchProfilerHook": {"folder": "traces"},
 }

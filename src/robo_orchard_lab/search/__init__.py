@@ -8,3 +8,8 @@
 
 Requires the extra ``search``: ``pip install "robo-orchard-hooks[search]"``.
 """
+
+from robo_orchard_lab.search.space import Dimension, SweepSpace
+from robo_orchard_lab.search.trial_hook import SweepTrial, SweepTrialConfig
+
+__all__ = ["Dimension", "SweepSpace", "SweepTrial", "SweepTrialConfig"]

@@ -37,6 +37,9 @@ class SweepTrial(PipelineHooks):
     """
 
     keeps_trajectory = True
+    reads = ("metrics",)
+    changes = ()
+    requests = ("stop",)
 
     def __init__(self, cfg: SweepTrialConfig) -> None:
         super().__init__()
