@@ -138,5 +138,6 @@ def test_outputs_without_rows_are_refused(
 
 def test_unknown_files_are_refused(tmp_path: Path) -> None:
     """The error lists the known suffixes."""
-    with pytest.raises(PipelineConfigError, match=r"ending in .jsonl, .npz, .safetensors, found"):
+    known = r"ending in .jsonl, .npz, .parquet, .safetensors, found"
+    with pytest.raises(PipelineConfigError, match=known):
         collect(torch.ones(1)).save(tmp_path / "p.csv")

@@ -120,6 +120,7 @@ def test_file_has_the_best_weights(case: str, source: str, tmp_path: Path) -> No
         "epoch_id": "0",
         "global_step_id": str(step),
         "optimizer_step_id": str(step),
+        "format": "pt",  # required by transformers
     }
 
 

@@ -282,7 +282,7 @@ def test_data_smaller_than_a_step_is_refused() -> None:
 
 def test_an_iterator_lasts_one_epoch() -> None:
     """An exhausted iterator is an error in the second epoch, with the remedy."""
-    with pytest.raises(DataError, match="epoch 1; an iterator can be read only once"):
+    with pytest.raises(DataError, match="epoch 2; an iterator can be read only once"):
         make_trainer(loader=iter(list(make_loader())), max_epoch=2)()
 
 
