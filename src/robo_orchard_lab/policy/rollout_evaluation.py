@@ -230,7 +230,9 @@ class RolloutEvaluation(PipelineHooks):
 class RolloutEvaluationConfig(PipelineHooksConfig[RolloutEvaluation]):
     """Environment, episodes, trigger and weights of the evaluation.
 
-    >>> print(RolloutEvaluationConfig(environment="gymnasium:make", every="200 steps").every)
+    >>> from robo_orchard_lab.policy import Reach
+    >>> config = RolloutEvaluationConfig(environment={"class_type": Reach}, every="200 steps")
+    >>> print(config.every)
     200 steps
     """
 

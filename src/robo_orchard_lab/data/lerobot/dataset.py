@@ -444,7 +444,7 @@ def split_episodes(
     """Return the episodes of the train and of the validation split, sorted.
 
     >>> split_episodes(5, 0.4, seed=0)
-    ([0, 1, 3], [2, 4])
+    ([1, 2, 3], [0, 4])
 
     The split depends only on the arguments. Both splits have at least one episode if there are two
     and the fraction is positive.

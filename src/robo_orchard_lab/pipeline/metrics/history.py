@@ -56,7 +56,7 @@ class Curve:
     >>> for value in range(1000):
     ...     curve.add(1 / (1 + value))
     >>> curve.sparkline(10)
-    '█▁▁▁▁▁▁▁▁▁'
+    '█▂▁▁▁▁▁▁▁▁'
     """
 
     means: list[float] = field(default_factory=list)
