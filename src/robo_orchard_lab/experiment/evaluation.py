@@ -92,8 +92,7 @@ def evaluate(
             measure.
         StateError: The weights belong to another model.
     """
-    with experiment.located(), fail_together():
-        accelerator = _make_accelerator(experiment)
+    with experiment.located(), _accelerator_of(experiment) as accelerator:
         experiment = with_data(experiment)
         hooks = _validation_hooks(experiment, saved, sets, weights, max_batches)
         with _loaded(experiment, saved, hooks, accelerator) as args:
@@ -149,9 +148,8 @@ def evaluating(
     max_batches: int | None,
 ) -> Iterator[tuple[PipelineHookArgs, Evaluator]]:
     """Build the model with saved weights, and an evaluator of one set; see :func:`predict`."""
-    with experiment.located(), fail_together():
+    with experiment.located(), _accelerator_of(experiment) as accelerator:
         path, described = _find_set(experiment, data)
-        accelerator = _make_accelerator(experiment)
         experiment = with_data(experiment)
         keepers = _keepers(experiment, saved, [weights])
         if described.batch_sampler is None:
@@ -172,14 +170,18 @@ def evaluating(
             )
 
 
-def _make_accelerator(experiment: ExperimentConfig) -> Accelerator:
+@contextmanager
+def _accelerator_of(experiment: ExperimentConfig) -> Iterator[Accelerator]:
+    """Create the accelerator, which starts the process group; its ranks fail together."""
     for part in ("model", "batch_processor"):
         if getattr(experiment, part) is None:
             raise ConfigFieldError(
                 "is null; evaluate in the script that passes it to build()", (part,)
             )
     set_seed(experiment.seed)
-    return make_accelerator(experiment.accelerator, experiment.folder())
+    accelerator = make_accelerator(experiment.accelerator, experiment.folder())
+    with fail_together():
+        yield accelerator
 
 
 @contextmanager

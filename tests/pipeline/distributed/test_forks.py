@@ -11,8 +11,12 @@ from launching import environment
 
 SCRIPT = """
 import os, sys, threading
-from robo_orchard_lab.pipeline.distributed.shutdown import pause_before_forks
+from robo_orchard_lab.pipeline.distributed.shutdown import (
+    destroy_group_at_exit,
+    pause_before_forks,
+)
 
+destroy_group_at_exit()  # as at the start of a job
 if sys.argv[1] == "waits":
     pause_before_forks()
 sys.setswitchinterval(10)  # this thread keeps the interpreter until it waits for something

@@ -23,7 +23,8 @@ _FINALIZE_S = 3.0  # for the interpreter to finalize; other ranks may wait for t
 MAX_EXIT_S = 10.0
 """Maximum time from the destruction of the process group to the exit after an error, in s."""
 
-_registered = False
+_destroys_group = False
+_pauses_before_forks = False
 _callbacks: list[Callable[[RankFailure], object]] = []
 
 
@@ -77,9 +78,9 @@ def destroy_group_at_exit() -> None:
     interpreter is finalized. After an error, other exit functions, such as those of trackers, have
     ten seconds in total, since the launcher and the other ranks wait for this process.
     """
-    global _registered
-    if not _registered:
-        _registered = True
+    global _destroys_group
+    if not _destroys_group:
+        _destroys_group = True
         atexit.register(_destroy_group)
 
 
@@ -115,9 +116,9 @@ def pause_before_forks() -> None:
     Up to Python 3.11, a process forked at that moment, such as a loader's worker, waits forever for
     a lock of that thread (python/cpython#112275, fixed in 3.12). Does nothing in newer versions.
     """
-    global _registered
-    if not _registered and sys.version_info < (3, 12) and hasattr(os, "register_at_fork"):
-        _registered = True
+    global _pauses_before_forks
+    if not _pauses_before_forks and sys.version_info < (3, 12) and hasattr(os, "register_at_fork"):
+        _pauses_before_forks = True
         os.register_at_fork(before=lambda: time.sleep(_PAUSE_S))
 
 
