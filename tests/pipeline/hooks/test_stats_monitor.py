@@ -28,7 +28,7 @@ from robo_orchard_lab.testing import (
 )
 from tiny import loss_of, make_loader, make_model, make_trainer
 
-NAP_S = 0.04
+NAP_S = 0.1  # longer than the pauses of a loaded machine
 """Much longer than anything else in a step of the tiny model."""
 TIMES = ("perf/data_s", "perf/compute_s", "perf/hooks_s")
 
