@@ -102,10 +102,6 @@ class Dimension(Config):
         step = 1 if self.step is None else int(self.step)
         return trial.suggest_int(name, int(self.low), int(self.high), step=step, log=self.log)
 
-    def value_of(self, stored: Any) -> Any:
-        """Return the field's value for the stored value of a finished trial."""
-        return stored if self.choices is None else self.labels[stored]
-
     def example(self) -> Any:
         """Return one value, to check the field before the first trial."""
         if self.choices is not None:
