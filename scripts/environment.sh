@@ -23,10 +23,11 @@ stop() {
 
 make_environment() {
     local versions=${1:-locked} wanted
+    extras=vision,dev,interchange
     environment=$checkout/.venv
     pip_options=(--constraint "$checkout/requirements/$versions.txt")
     case $versions in
-        oldest) environment+=-oldest pythons=python3.11 ;;
+        oldest) environment+=-oldest pythons=python3.11 extras=vision,dev ;;
         newest) environment+=-newest pip_options=(--upgrade --upgrade-strategy eager) ;;
     esac
     python=$environment/bin/python
@@ -71,7 +72,7 @@ install_project() {
     printf 'Installing the project and its requirements into %s (minutes, the first time)\n' "$environment"
     # Build with tools of the same versions: in isolation, pip builds with the newest.
     pip_install hatchling editables &&
-        pip_install --no-build-isolation --editable "$checkout[vision,dev]" ||
+        pip_install --no-build-isolation --editable "$checkout[$extras]" ||
         stop "pip could not install the project, see above; run this again when that is repaired"
 }
 

@@ -42,7 +42,7 @@ END
 resolve() {
     "$work/venv/bin/uv" --directory "$work" pip compile pyproject.toml --quiet \
         --python-version 3.11 --no-header --no-annotate --extra vision --extra metaworld \
-        --extra viewer --extra onnx --extra search "$@"
+        --extra viewer --extra onnx --extra search --extra cluster --extra docs "$@"
 }
 
 # Write the resolution $1 to the constraints file $2. A constraint holds only for a package that
@@ -54,7 +54,7 @@ write() {
 }
 
 printf 'torch==%s\n' "$torch" >"$work/torch.txt"
-resolve --extra dev --universal --fork-strategy fewest --constraint torch.txt >"$work/locked.txt"
+resolve --extra dev --extra interchange --universal --fork-strategy fewest --constraint torch.txt >"$work/locked.txt"
 resolve --python-platform linux --resolution lowest-direct >"$work/lowest.txt"
 resolve --python-platform linux --extra dev --constraint lowest.txt >"$work/oldest.txt"
 write "$work/locked.txt" "$locked"
