@@ -1,7 +1,7 @@
 """Fields of other training frameworks, mostly RoboOrchardLab, and what to write instead.
 
 The fields are refused with an error that names this project's field and has a worked value; see
-docs/migrate_robo_orchard_lab.md.
+docs/how_to/migrate_robo_orchard_lab.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files, commands and scripts of docs/experiments.md."""
+"""Files, commands and scripts of docs/how_to/experiments.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launching import launch
 from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.experiment import ExperimentConfig
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/experiments.md").read_text("utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs/how_to/experiments.md").read_text("utf-8")
 FILES = dict(re.findall(r"```yaml\n# ([\w.]+)\n(.*?)```", PAGE, re.S))
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()

@@ -1,4 +1,4 @@
-"""Files and commands of docs/fine_tuning.md."""
+"""Files and commands of docs/how_to/fine_tuning.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from robo_orchard_lab.cli.main import main
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/fine_tuning.md").read_text("utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs/how_to/fine_tuning.md").read_text("utf-8")
 FILES = dict(re.findall(r"```yaml\n# ([\w.]+)\n(.*?)```", PAGE, re.S))
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()

@@ -1,4 +1,4 @@
-"""Scripts of docs/moving_over.md: another trainer's script and ours train equal weights."""
+"""Pages about other trainers: their script and ours train equal weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from launching import launch
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/moving_over.md").read_text("utf-8")
-BEGIN, *SECTIONS = PAGE.split("\n## From ")
+HOW_TO = Path(__file__).resolve().parents[2] / "docs" / "how_to"
 OTHERS_OF_LIGHTNING = [(0, 2), (3, 4), (5, 6), (7, 8), (9, 10)]  # pairs after the first
 PACKAGES = {
     "Lightning": "pytorch_lightning",
@@ -27,12 +26,14 @@ PACKAGES = {
 }
 
 
-def _blocks(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, re.S)
+def _blocks(name: str) -> list[str]:
+    page = HOW_TO / f"migrate_{name.partition(chr(39))[0].lower()}.md"
+    return re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
 
 
-SCRIPTS = {section.partition("\n")[0]: _blocks(section) for section in SECTIONS}
-COMMON = _blocks(BEGIN)[0]
+BLOCKS = {name: _blocks(name) for name in PACKAGES}
+COMMON = BLOCKS["Lightning"][0]
+SCRIPTS = {name: blocks[1:] for name, blocks in BLOCKS.items()}
 RELAXED = "import warnings\n\nwarnings.simplefilter('ignore')\n"  # of their libraries
 Weights = dict[str, torch.Tensor]
 WeightsOf = Callable[[str, int], Weights]
@@ -76,7 +77,8 @@ def _run_theirs(script: str, folder: Path) -> Weights:
 
 
 def test_each_package_has_a_pair_of_scripts() -> None:
-    """The page has pairs of scripts, and one of the adapter."""
+    """Each page has pairs of scripts after the lines in common; Lightning's one of the adapter."""
+    assert {blocks[0] for blocks in BLOCKS.values()} == {COMMON}
     are_ours = {
         name: ["HookBasedTrainer" in script for script in scripts]
         for name, scripts in SCRIPTS.items()

@@ -1,4 +1,4 @@
-"""Scripts and file of docs/robot_data.md."""
+"""Scripts and file of docs/how_to/robot_data.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.pipeline.sinks.jsonl import read_metrics
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/robot_data.md").read_text("utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs/how_to/robot_data.md").read_text("utf-8")
 
 
 def blocks(language: str) -> list[str]:

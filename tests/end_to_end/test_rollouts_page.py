@@ -1,4 +1,4 @@
-"""Script and file of docs/rollouts.md."""
+"""Script and file of docs/how_to/rollouts.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from robo_orchard_lab.experiment.catalogue import ExperimentTrust, with_definiti
 from robo_orchard_lab.experiment.inspection import hook
 from robo_orchard_lab.policy import RolloutEvaluationConfig
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs/rollouts.md").read_text("utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs/how_to/rollouts.md").read_text("utf-8")
 
 
 def test_the_script_prints_what_the_page_shows(

@@ -99,8 +99,8 @@ def test_is_no_longer_than_the_plain_loop(port: Port) -> None:
 
 @every_port
 def test_the_documented_lines_are_counted(port: Port) -> None:
-    """The table in docs/ports.md has the lines of the plain loop and of the trainer."""
-    page = (Path(__file__).parents[2] / "docs/ports.md").read_text("utf-8")
+    """The table in migrate_plain_loop.md has the lines of the plain loop and of the trainer."""
+    page = (Path(__file__).parents[2] / "docs/how_to/migrate_plain_loop.md").read_text("utf-8")
     found = re.findall(rf"\| \[{port.__name__}\.py\].*\| (\d+) \| (\d+) \|\n", page)
     _, plain, ours = (code_lines(port)[name] for name in SECTIONS)
     assert found == [(str(plain), str(ours))]

@@ -206,9 +206,9 @@ class PipelineHooks:
 
     reads: Sequence[str] | None = None
     """What the hook reads, for the plan of a run: names of data fields of `PipelineHookArgs`, such
-    as ``loss``, or of docs/hooks.md, such as ``gradients``; None if not declared."""
+    as ``loss``, or of docs/how_to/hooks.md, such as ``gradients``; None if not declared."""
     changes: Sequence[str] | None = None
-    """What the hook changes: names of assignable fields, or of docs/hooks.md, such as
+    """What the hook changes: names of assignable fields, or of docs/how_to/hooks.md, such as
     ``model.weights`` or ``metrics``; None if not declared."""
     requests: Sequence[str] | None = None
     """Methods of ``args.requests`` that the hook calls, such as ``stop``; None if not declared."""

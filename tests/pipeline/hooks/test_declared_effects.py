@@ -48,7 +48,7 @@ OTHER_NAMES = {
     "signal handlers",
     "device cache",
 }
-"""Names of effects that are no fields of ``args``; docs/hooks.md lists them."""
+"""Names of effects that are no fields of ``args``; docs/how_to/hooks.md lists them."""
 
 
 class Classifier(SimpleBatchProcessor):

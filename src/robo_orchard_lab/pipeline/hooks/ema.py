@@ -491,7 +491,7 @@ class EMAConfig(PipelineHooksConfig[EMA]):
     Source: K. Crowson's EMAWarmup (github.com/crowsonkb/k-diffusion). With ``inv_gamma`` and
     ``power`` 1 the average is the plain mean of the weights after each update.
 
-    docs/hooks.md has the settings of other projects' averages.
+    docs/how_to/hooks.md has the settings of other projects' averages.
 
     >>> [round(EMAConfig(power=0.75).decay_of(update), 4) for update in (1, 2, 10_000)]
     [0.0, 0.4054, 0.999]

@@ -66,9 +66,9 @@ class Preemption(PipelineHooks):
     original effect. Signals within 0.25 s of the first are the same request; within 2 s if torchrun
     or SLURM launched the process, since launchers forward signals.
 
-    docs/resume.md describes torchrun and SLURM: time to save, and exit codes. Signal handlers are
-    installed for the loop. An ignored Ctrl-C, as in a shell's background job, stays ignored.
-    Workers of data loaders ignore the signals.
+    docs/how_to/resume.md describes torchrun and SLURM: time to save, and exit codes. Signal
+    handlers are installed for the loop. An ignored Ctrl-C, as in a shell's background job, stays
+    ignored. Workers of data loaders ignore the signals.
 
     - Ranks: all; ranks agree on the commit point (:class:`Agreement`).
     - Requests: a checkpoint and a stop.

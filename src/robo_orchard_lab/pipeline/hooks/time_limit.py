@@ -71,8 +71,8 @@ class TimeLimit(PipelineHooks):
 
     At the first commit point with less than ``margin`` left, a checkpoint is saved, and the trainer
     raises :class:`RunPreempted`, which exits the process with ``exit_code``: by default 75
-    (``EX_TEMPFAIL``, "try again"). Start the script again to resume. docs/resume.md states what the
-    margin must cover.
+    (``EX_TEMPFAIL``, "try again"). Start the script again to resume.
+    docs/how_to/resume.md states what the margin must cover.
 
     The limit counts from the start of the process, loading included. ``limit="slurm"`` uses the end
     of the SLURM job: ``SLURM_JOB_END_TIME`` if set, otherwise the time left according to ``squeue``

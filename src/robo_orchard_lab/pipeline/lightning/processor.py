@@ -60,9 +60,9 @@ class LightningModuleProcessor(SimpleBatchProcessor):
         )()
 
     The adapter calls the module's steps and hooks, and replaces the module's ``log``, ``log_dict``,
-    ``optimizers`` and ``trainer``; docs/moving_over.md lists hooks and their order. Values of
-    ``self.log`` become metrics: means over the samples of all ranks, per logging point with
-    ``on_step``, per epoch with ``on_epoch``, and of an evaluation as ``eval/<loader>/<name>``.
+    ``optimizers`` and ``trainer``; docs/how_to/migrate_lightning.md lists hooks and their order.
+    Values of ``self.log`` become metrics: means over the samples of all ranks, per logging point
+    with ``on_step``, per epoch with ``on_epoch``, and of an evaluation as ``eval/<loader>/<name>``.
 
     Args:
         module: a LightningModule; its ``setup("fit")`` and ``configure_model()`` are called.
