@@ -1,19 +1,14 @@
 """Transformers' Trainer, with callbacks as hooks."""
 
 # mypy: disallow-subclassing-any=False
-# (Transformers is not in the dev extra, so its base classes have no type there.)
+# (mypy does not read Transformers, see pyproject.toml, so its base classes have no type.)
 
 import tempfile
 from typing import Any
 
 import torch
-from transformers import (  # type: ignore[import-not-found]  # see above
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.utils import logging  # type: ignore[import-not-found]  # see above
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from benchmarks.workload import BATCH_SIZE, Batch, Job
 
