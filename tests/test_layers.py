@@ -20,6 +20,7 @@ LAYERS = [
     "robo_orchard_lab.HOOK_MODULES",
     "robo_orchard_lab.foreign_fields",
     "robo_orchard_lab.metric_mode",
+    "robo_orchard_lab.frames",
     "robo_orchard_lab.pipeline",
     "robo_orchard_lab.pipeline.trainer",
     "robo_orchard_lab.utils",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -204,10 +205,63 @@ def test_runs_inside_of_runs_are_listed(folder: Path, capsys: pytest.CaptureFixt
     assert paths == ["runs/a", "runs/a/second/x", "runs/c", "runs/deep/b"]
 
 
+def test_runs_are_filtered_and_have_columns(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Conditions select rows, columns replace the default ones, and runs without a field count."""
+    made(folder / "other", 0.5, [])
+    columns = ["--columns", "lr, eval/val/loss:best", "--columns", "time"]
+    options = ["--where", "lr>0.1", "--where", "val/loss:best<3", "--sort", "lr", *columns]
+    assert main(["runs", *options]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        "RUN     LR   EVAL/VAL/LOSS:BEST  TIME",
+        "deep/b  0.2  2.5",
+        "c       0.3  0.5",
+    ]
+    assert printed.err.splitlines() == ["1 of 4 runs left out: no val/loss:best to compare with 3"]
+    assert main(["runs", *options, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[1] == {"run": "c", "lr": 0.3, "eval/val/loss:best": 0.5, "time": None}
+    assert main(["runs", "--where", "state=running"]) == 0
+    assert capsys.readouterr().out == "there are no runs in runs that meet the conditions\n"
+
+
+def test_runs_are_written_to_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file by its suffix has the rows; an error leaves none behind."""
+    options = ["--where", "state=completed", "--columns", "lr"]
+    assert main(["runs", *options, "--out", "runs.csv"]) == 0
+    assert capsys.readouterr().out == "wrote runs.csv (2 runs)\n"
+    assert Path("runs.csv").read_text() == "run,lr\ndeep/b,0.2\na,0.1\n"
+    assert main(["runs", "--out", "runs.jsonl"]) == 0
+    last = json.loads(Path("runs.jsonl").read_text().splitlines()[-1])
+    assert last["best"] == 1.0
+    assert last["started"] == "2026-01-03T00:00:00+00:00"
+    capsys.readouterr()
+    assert main(["runs", "--out", "runs.xlsx"]) == 2
+    assert "expected a file ending in .csv, .jsonl or .parquet" in capsys.readouterr().err
+    assert main(["runs", "--out", "none/runs.csv"]) == 1
+    assert "none/runs.csv can't be written" in capsys.readouterr().err
+    assert main(["runs", "--columns", "lrr"]) == 2
+    assert "error: no run has a field 'lrr'; did you mean 'lr'?" in capsys.readouterr().err
+
+
+def test_report_compares_the_runs_that_meet_conditions(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With conditions, folders stand for the runs below them."""
+    assert main(["report", "runs", "--where", "optimizer.lr>0.1", "--output", "page.html"]) == 0
+    runs = Page(Path("page.html").read_text()).data["runs"]
+    assert [each["name"] for each in runs] == ["deep/b", "c"]
+    assert main(["report", "runs", "--where", "lr>9"]) == 2
+    assert "error: no run in runs meets the conditions" in capsys.readouterr().err
+
+
 def test_the_commands_do_not_import_torch(folder: Path) -> None:
-    """The processes of both commands have not imported torch."""
+    """The processes of both commands import neither torch nor packages of data frames."""
     variables = {"PYTHONPROFILEIMPORTTIME": "1"}
-    for arguments in (["report", "runs/a"], ["runs"]):
+    query = ["runs", "--where", "lr>0", "--columns", "val/loss:best", "--out", "runs.csv"]
+    for arguments in (["report", "runs/a"], ["runs"], query):
         done = run(*arguments, variables=variables)
         assert done.code == 0
-        assert "| torch" not in done.err
+        assert not re.search(r"\| +(torch|numpy|pandas|polars)$", done.err, re.MULTILINE)

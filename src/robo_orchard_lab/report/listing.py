@@ -104,19 +104,22 @@ class RunSummary:
     problems: tuple[str, ...]
 
 
-def summarize(folder: Path, metric: str | None = None) -> RunSummary:
+def summarize(
+    folder: Path, metric: str | None = None, config: Configuration | None = None
+) -> RunSummary:
     """Summarize a run; never fails.
 
     Args:
         folder: run folder.
         metric: metric to show; by default that of the best checkpoint, or of the evaluations.
+        config: configuration of the run, read if None.
     """
     problems = Problems()
     state = read_object(folder / RUN_STATE, problems)
-    config = read_configuration(folder, problems)
+    config = config or read_configuration(folder, problems)
     now = read_position(folder, config.metrics_file(folder), problems)
-    group = b"eval/" if metric is None else metric.encode("utf-8", "replace")[:200]
-    metrics = read_metrics(config.metrics_file(folder), problems, group)
+    prefix = "eval/" if metric is None else metric[:200]
+    metrics = read_metrics(config.metrics_file(folder), problems, prefix)
     commit = newest_commit(folder, problems)
     name, mode, best = _best(metrics, config, metric)
     return RunSummary(

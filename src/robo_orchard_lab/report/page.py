@@ -157,17 +157,17 @@ def _hash(source: str) -> str:
     return f"'sha256-{b64encode(sha256(source.encode()).digest()).decode()}'"
 
 
-def write(path: Path, page: str) -> None:
-    """Replace a file by a page, atomically.
+def write(path: Path, page: str | bytes) -> None:
+    """Replace a file by a page or other data, atomically.
 
     Raises:
-        OSError: the page can't be written; an old file is unchanged.
+        OSError: the file can't be written; an old file is unchanged.
     """
     # As replace_file of the pipeline, which imports torch; remove_leftovers knows the name.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(page)
+        with temporary.open("xb") as file:
+            file.write(page.encode() if isinstance(page, str) else page)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

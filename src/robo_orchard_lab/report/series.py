@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from array import array
 from collections.abc import Mapping, Sequence
@@ -116,8 +117,8 @@ class Metrics:
     omitted: set[str] = field(default_factory=set)
     """Names beyond the limit of curves."""
 
-    def add(self, record: Mapping[str, Any], prefix: str = "") -> None:
-        """Add the values of a record whose names begin with ``prefix``."""
+    def add(self, record: Mapping[str, Any], prefix: str = "", suffix: str = "") -> None:
+        """Add the values of a record whose names begin with ``prefix`` and end with ``suffix``."""
         step = _step(record.get("global_step_id"))
         if step is None:
             self.invalid += 1
@@ -139,7 +140,7 @@ class Metrics:
                 if type(value) is not float:
                     self.invalid += 1
                     continue
-                if not name.startswith(prefix):
+                if not (name.startswith(prefix) and name.endswith(suffix)):
                     continue
                 curve = self.curves.get(name)
                 if curve is None:
@@ -151,17 +152,19 @@ class Metrics:
                 curve.add(at, value)
 
 
-def read_metrics(path: Path, problems: Problems, group: bytes = b"") -> Metrics:
+def read_metrics(path: Path, problems: Problems, prefix: str = "", suffix: str = "") -> Metrics:
     """Read the curves of a metrics file; damaged records are counted in a problem.
 
     Args:
         path: metrics.jsonl of a run.
         problems: receives the problems.
-        group: beginning of the names to read, such as ``eval/``; lines without are not parsed.
+        prefix: beginning of the names to read, such as ``eval/``; lines without are not parsed.
+        suffix: end of the names to read.
     """
-    metrics, prefix = Metrics(), group.decode()
-    for record in read_lines(path, problems, group and b'"' + group):
-        metrics.add(record, prefix)
+    metrics = Metrics()
+    mark = json.dumps(suffix)[1:] if suffix else json.dumps(prefix)[:-1]  # as in the file
+    for record in read_lines(path, problems, mark.encode() if prefix or suffix else b""):
+        metrics.add(record, prefix, suffix)
     for curve in metrics.curves.values():
         curve.sort()
     if metrics.invalid:

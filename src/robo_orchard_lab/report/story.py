@@ -44,7 +44,7 @@ from robo_orchard_lab.report.series import (
 )
 
 _TRACE = "trace.json"
-_ENVIRONMENT = "environment.json"  # of a script; by the hook Report
+ENVIRONMENT = "environment.json"  # of a script; by the hook Report
 _MAX_STARTS = 100
 _MAX_CHECKPOINTS = 200
 _MAX_EVENTS_OF_A_KIND = 300
@@ -108,7 +108,7 @@ def read_story(folder: Path, points: int = MAX_POINTS) -> dict[str, Any]:
     verdict = read_verdict(folder, state)
     if metrics.last_step is not None and metrics.last_step > (verdict["steps"] or 0):
         verdict["steps"], verdict["epochs"] = metrics.last_step, metrics.last_epoch
-    environment = _environment(starts, read_object(folder / _ENVIRONMENT, problems), checkpoints)
+    environment = _environment(starts, read_object(folder / ENVIRONMENT, problems), checkpoints)
     for checkpoint in checkpoints:
         del checkpoint["metadata"]
     return {

@@ -6,8 +6,10 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -23,6 +25,7 @@ from robo_orchard_lab.pipeline.sinks import (
     MetricsFileError,
     read_metrics,
 )
+from robo_orchard_lab.pipeline.sinks.jsonl import to_line
 
 
 def at(step: int, epoch: int = 0) -> PipelineHookArgs:
@@ -265,3 +268,133 @@ def test_missing_folders_are_created(tmp_path: Path) -> None:
     sink.open(at(0))
     sink.close()
     assert path.read_bytes() == b""
+
+
+# --- data frames -----------------------------------------------------------------------------
+
+
+def write_records(path: Path) -> None:
+    """Write three records: with a metric of an earlier step, non-finite values, and a partial one.
+
+    The first records have step 2 to 4, the last one, of a run that ended, step 5.
+    """
+    named = [
+        (2, {"loss": 0.5, "lr": 0.1}, []),
+        (4, {"loss": math.nan}, [(3, "grad_norm", math.inf), (2, "eval/acc", 0.25)]),
+        (5, {"loss": -math.inf, "eval/acc": 1.0}, []),
+    ]
+    write(
+        path,
+        at(0),
+        *(
+            MetricsRecord(
+                step // 4,
+                step,
+                step - 1,
+                tuple(
+                    [MetricValue(name, value, s) for s, name, value in earlier]
+                    + [MetricValue(name, value, step) for name, value in own.items()]
+                ),
+                partial=step == 5,
+            )
+            for step, own, earlier in named
+        ),
+    )
+
+
+COLUMNS = {
+    "epoch_id": [0, None, 1, 1],
+    "global_step_id": [2, 3, 4, 5],
+    "optimizer_step_id": [1, None, 3, 4],
+    "partial": [False, None, False, True],
+    "eval/acc": [0.25, None, None, 1.0],
+    "grad_norm": [None, math.inf, None, None],
+    "loss": [0.5, None, math.nan, -math.inf],
+    "lr": [0.1, None, None, None],
+}
+
+
+def test_a_polars_frame_has_a_row_for_each_step(path: Path) -> None:
+    """Steps are ints, NaN and infinities stay, and a metric without a value is null."""
+    pytest.importorskip("polars")
+    write_records(path)
+    frame = read_metrics(path, frame="polars")
+    found = {name: frame[name].to_list() for name in frame.columns}
+    assert repr(found) == repr(COLUMNS)
+    kinds = [str(kind) for kind in frame.schema.values()]
+    assert kinds == ["Int64", "Int64", "Int64", "Boolean", *["Float64"] * 4]
+
+
+def test_a_pandas_frame_distinguishes_missing_values_from_nan(path: Path) -> None:
+    """Columns with missing values are nullable, and a NaN is not missing."""
+    pandas = pytest.importorskip("pandas")
+    write_records(path)
+    frame = read_metrics(path, frame="pandas")
+    found = {
+        name: [None if value is pandas.NA else value for value in frame[name].tolist()]
+        for name in frame.columns
+    }
+    assert repr(found) == repr(COLUMNS)
+    kinds = [str(kind) for kind in frame.dtypes]
+    assert kinds == ["Int64", "int64", "Int64", "boolean", *["Float64"] * 4]
+
+
+@pytest.mark.parametrize("kind", ["pandas", "polars"])
+def test_a_frame_of_a_run_in_progress_lacks_the_torn_line(
+    path: Path, kind: Literal["pandas", "polars"]
+) -> None:
+    """A torn last line is left out, damage is an error with its line, and no records no rows."""
+    pytest.importorskip(kind)
+    path.write_bytes(b"")
+    assert len(read_metrics(path, frame=kind)) == 0
+    write(path, at(0), record(1), record(2))
+    complete = path.read_bytes()
+    path.write_bytes(complete + to_line(record(3))[:-10])
+    assert len(read_metrics(path, frame=kind)) == 2
+    path.write_bytes(b'{"epoch_id": 0}\n' + complete)
+    with pytest.raises(MetricsFileError, match=r"line 1 of .* is no record of metrics"):
+        read_metrics(path, frame=kind)
+
+
+@pytest.mark.parametrize("value", ["[1.0, 2.0]", '{"a": 1.0}', '"text"', "null"])
+def test_values_that_are_no_numbers_are_no_records(path: Path, value: str) -> None:
+    """A vector or a nested value is an error with its line, for records and for frames."""
+    pytest.importorskip("polars")
+    write(path, at(0), record(1), record(2))
+    path.write_text(path.read_text().replace("1.0", value))
+    for frame in (None, "polars"):
+        with pytest.raises(MetricsFileError, match=r"line 1 of .* is no record of metrics"):
+            read_metrics(path, frame=frame)
+
+
+def test_a_frame_refuses_a_metric_named_like_a_counter(path: Path) -> None:
+    """Two columns of one name are an error; the records are readable."""
+    pytest.importorskip("polars")
+    named = MetricsRecord(0, 1, 1, (MetricValue("epoch_id", 0.5, 1),))
+    write(path, at(0), named)
+    with pytest.raises(MetricsFileError, match="a metric named 'epoch_id'"):
+        read_metrics(path, frame="polars")
+    assert read_metrics(path) == [named]
+
+
+def test_a_frame_of_an_unknown_or_missing_package_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the packages, or the command that installs one."""
+    with pytest.raises(ValueError, match="expected frame='pandas' or frame='polars'"):
+        read_metrics(path, frame="arrow")  # type: ignore[call-overload]
+    monkeypatch.setitem(sys.modules, "polars", None)
+    with pytest.raises(ImportError, match=r"frame='polars' requires polars.*pip install polars"):
+        read_metrics(path, frame="polars")
+
+
+def test_a_frame_needs_no_object_for_each_value(path: Path) -> None:
+    """Reading 20,000 records allocates less than 80 bytes for each value."""
+    pytest.importorskip("polars")
+    lines = (to_line(record(step)) for step in range(1, 20_001))
+    path.write_bytes(b"".join(lines))
+    tracemalloc.start()
+    read_metrics(path, frame="polars")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000 * 5 * 80  # four counters and a metric

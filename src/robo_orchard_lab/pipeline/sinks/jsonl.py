@@ -6,13 +6,16 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Annotated, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, overload
 
+import numpy as np
 from pydantic import Field
 
+from robo_orchard_lab.frames import Column, FrameKind, frame_package, make_frame
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.job_log import ROUTINE
 from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue
@@ -28,7 +31,13 @@ from robo_orchard_lab.pipeline.run.durable import (
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sinks.sink import SinkConfig
 
+if TYPE_CHECKING:
+    import pandas
+    import polars
+
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class MetricsFileError(ValueError):
@@ -162,18 +171,113 @@ class JsonLinesSinkConfig(SinkConfig[JsonLinesSink]):
     )
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[MetricsRecord]:
-    """Read the records of a metrics file, also during the run.
+@overload
+def read_metrics(path: str | os.PathLike[str], *, frame: None = None) -> list[MetricsRecord]: ...
+
+
+@overload
+def read_metrics(path: str | os.PathLike[str], *, frame: Literal["pandas"]) -> pandas.DataFrame: ...
+
+
+@overload
+def read_metrics(path: str | os.PathLike[str], *, frame: Literal["polars"]) -> polars.DataFrame: ...
+
+
+def read_metrics(path: str | os.PathLike[str], *, frame: FrameKind | None = None) -> Any:
+    """Read a metrics file, also during the run.
+
+    Args:
+        path: metrics file of a `JsonLinesSink`.
+        frame: None for a list of records; ``"pandas"`` or ``"polars"`` for a data frame. Its rows
+            are the steps with metrics, in order; its columns ``global_step_id``, ``epoch_id``,
+            ``optimizer_step_id``, ``partial``, and the metrics by name, sorted. A metric without
+            a value at a step is null; NaN and infinities are values. The counters of a step
+            between two records are null. Of several values of a step, the last counts.
 
     Raises:
-        MetricsFileError: the file is not a metrics file.
+        MetricsFileError: the file is not a metrics file; for a frame, also a metric named like a
+            counter.
         OSError: the file can't be read.
+        ImportError: the package of the frame is not installed.
     """
-    path = Path(path)
-    found, damage = _records(path, path.read_bytes())
-    if damage is not None:
-        raise MetricsFileError(f"{damage}; move the file away, or write to another path")
-    return [record for record, _ in found if record is not None]
+    if frame is None:
+        return [*_read_lines(Path(path), from_line)]
+    frame_package(frame)
+    return make_frame(_columns(Path(path)), frame)
+
+
+def _read_lines(path: Path, parse: Callable[[bytes], T | None]) -> Iterator[T]:
+    """Iterate over the parsed lines, one at a time; a torn last line is left out.
+
+    Raises:
+        MetricsFileError: a line is no record: ``parse`` returned None.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            record = parse(line)
+            if record is not None:
+                yield record
+            elif file.read(1) or not _is_torn(line):
+                damage = _describe_damage(number, path, line)
+                raise MetricsFileError(f"{damage}; move the file away, or write to another path")
+
+
+def _columns(path: Path) -> dict[str, Column]:
+    """Return the columns of a data frame, read into arrays, without an object for each value."""
+    own = array("q")  # steps of the records
+    counters = {name: array("q") for name in _COUNTERS}
+    are_partial = array("b")
+    metrics: dict[str, tuple[array[int], array[float]]] = {}
+
+    def add(line: bytes) -> bool | None:
+        try:
+            counts, is_partial, found = _parse(line)
+            values = [
+                (name, step, _from_json(value))
+                for step, named in found
+                for name, value in named.items()
+            ]
+        except _NO_RECORD:
+            return None
+        own.append(counts[1])
+        for column, count in zip(counters.values(), counts, strict=True):
+            column.append(count)
+        are_partial.append(is_partial)
+        for name, step, value in values:
+            if name not in metrics:
+                metrics[name] = array("q"), array("d")
+            metrics[name][0].append(step)
+            metrics[name][1].append(value)
+        return True
+
+    for _ in _read_lines(path, add):
+        pass
+    columns: dict[str, tuple[array[int], array[Any]]]
+    columns = {name: (own, column) for name, column in counters.items()}
+    columns["partial"] = own, are_partial
+    if taken := columns.keys() & metrics.keys():
+        raise MetricsFileError(
+            f"{path} has a metric named {min(taken)!r}, as a counter of its records; read it "
+            "without frame="
+        )
+    steps = np.unique(np.concatenate([own, *(at for at, _ in metrics.values())]))
+    aligned = {
+        name: _align(steps, *column)
+        for name, column in {**columns, **dict(sorted(metrics.items()))}.items()
+    }
+    aligned["global_step_id"] = steps, np.ones(len(steps), bool)
+    aligned["partial"] = aligned["partial"][0].astype(bool), aligned["partial"][1]
+    return aligned
+
+
+def _align(steps: np.ndarray[Any, Any], own: array[int], values: array[Any]) -> Column:
+    """Return an array with a value for each of the sorted steps, and where one is known."""
+    rows = np.searchsorted(steps, own)
+    known = np.zeros(len(steps), bool)
+    known[rows] = True
+    found = np.zeros(len(steps), values.typecode)
+    found[rows] = values  # of several values of a step, the last counts
+    return found, known
 
 
 def _records(
@@ -187,8 +291,12 @@ def _records(
     found = [(from_line(line), line) for line in lines]
     for number, (record, line) in enumerate(found, start=1):
         if record is None and not (number == len(lines) and _is_torn(line)):
-            return found, f"line {number} of {path} is no record of metrics: {line[:60]!r}"
+            return found, _describe_damage(number, path, line)
     return found, None
+
+
+def _describe_damage(number: int, path: Path, line: bytes) -> str:
+    return f"line {number} of {path} is no record of metrics: {line[:60]!r}"
 
 
 def _split(
@@ -266,20 +374,35 @@ def to_line(record: MetricsRecord) -> bytes:
 def from_line(line: bytes) -> MetricsRecord | None:
     """Parse a line; return None if the line is not a record."""
     try:
-        document = json.loads(line, parse_constant=_refuse)
-        epoch, step, updates = (_count(document.pop(name)) for name in _COUNTERS)
-        steps = [*document.pop("earlier", []), {"step": step, "metrics": document.pop("metrics")}]
-        partial = document.pop("partial", False)
-        if document or type(partial) is not bool:
-            return None
+        counters, partial, steps = _parse(line)
         values = tuple(
-            MetricValue(name, _from_json(value), _count(entry["step"]))
-            for entry in steps
-            for name, value in entry["metrics"].items()
+            MetricValue(name, _from_json(value), step)
+            for step, metrics in steps
+            for name, value in metrics.items()
         )
+        epoch, step, updates = counters
         return MetricsRecord(epoch, step, updates, values, partial)
-    except (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError):
+    except _NO_RECORD:
         return None
+
+
+_NO_RECORD = (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError)
+
+
+def _parse(line: bytes) -> tuple[list[int], bool, list[tuple[int, dict[str, JsonNumber]]]]:
+    """Return the counters, ``partial``, and the metrics of each step.
+
+    Raises:
+        Exception: one of `_NO_RECORD`: the line is not a record.
+    """
+    document = _decode(line.decode())
+    counters = [_count(document.pop(name)) for name in _COUNTERS]
+    steps = [(_count(e["step"]), e["metrics"]) for e in document.pop("earlier", ())]
+    steps.append((counters[1], document.pop("metrics")))
+    partial = document.pop("partial", False)
+    if document or type(partial) is not bool:
+        raise ValueError("other fields")
+    return counters, partial, steps
 
 
 def _is_torn(line: bytes) -> bool:
@@ -296,14 +419,19 @@ def _to_json(metrics: Mapping[str, float]) -> dict[str, JsonNumber]:
 
 
 def _from_json(value: JsonNumber) -> float:
+    if type(value) is float:
+        return value
     return _NON_FINITE[value] if isinstance(value, str) else float(value)
 
 
 def _count(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError("a counter is an int")
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise TypeError("a counter is an int of 64 bits")
     return value
 
 
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse).decode
