@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check everything. Make the environment first. CI runs the same.
 #
-#     bash scripts/test.sh              style, types, spelling, tests with coverage
+#     bash scripts/test.sh              style, types, spelling, the site, tests with coverage
 #     bash scripts/test.sh --all        also the tests that take minutes; torchrun starts all ranks
 #     bash scripts/test.sh --newest     only the tests, on the newest releases of all packages
 #     bash scripts/test.sh --oldest     only the tests, on the lowest releases that pyproject.toml accepts
@@ -38,6 +38,9 @@ export TEST_LAUNCHER=${TEST_LAUNCHER:-fork}
 export OMP_NUM_THREADS=1 # a core for each worker
 parallel=(-n auto --dist worksteal)
 
+# These read the site, which is built with the locked versions only.
+site=(--ignore tests/docs/test_reference.py --ignore tests/docs/test_site.py)
+
 # These measure speed: they run alone, after the other tests.
 alone=tests/end_to_end/test_benchmarks.py
 
@@ -46,6 +49,7 @@ if [ "$versions" = locked ]; then
     check "ruff format" "$python" -m ruff format --check
     check "mypy" "$python" -m mypy src tests examples benchmarks
     check "codespell" "$environment/bin/codespell"
+    check "docs" bash scripts/docs.sh
     check "doctests" "$python" -m pytest src --doctest-modules --quiet --cov --cov-report=
     check "tests" "$python" -m pytest tests "${parallel[@]}" --ignore "$alone" -m "$selection" \
         --cov --cov-append --cov-report=
@@ -54,7 +58,7 @@ if [ "$versions" = locked ]; then
 else
     "$python" -m pip list --disable-pip-version-check
     check "doctests" "$python" -m pytest src --doctest-modules --quiet
-    check "tests" "$python" -m pytest tests "${parallel[@]}" -m "$selection"
+    check "tests" "$python" -m pytest tests "${parallel[@]}" "${site[@]}" -m "$selection"
 fi
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -179,8 +179,8 @@ class PipelineHooks:
     training
     epoch done
 
-    Bundles may contain bundles. ``before``s run in registration order, ``after``s in reverse. A
-    hook with state overrides :meth:`state_dict` and :meth:`load_state_dict`, and
+    Bundles may contain bundles. Each ``before`` runs in registration order, each ``after`` in
+    reverse. A hook with state overrides :meth:`state_dict` and :meth:`load_state_dict`, and
     :meth:`redistribute_states` if the state differs between ranks.
     """
 

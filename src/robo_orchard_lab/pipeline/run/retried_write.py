@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file, replace_folder
+from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file
 
 _logger = logging.getLogger(__name__)
 
@@ -67,10 +65,10 @@ def _reason(error: Exception) -> str:
 
 
 class OutputFile(RetriedWrite):
-    """File or folder that is replaced atomically; contents that can't be written stay in memory.
+    """File that is replaced atomically; contents that can't be written stay in memory.
 
     Args:
-        path: path of the file or folder; missing parents are created.
+        path: path of the file; missing folders are created.
         by: name of the writer.
         is_required: a run that ends without the file fails.
         restore: keep the contents, and write them again if the file disappears.
@@ -88,16 +86,11 @@ class OutputFile(RetriedWrite):
         self.path = Path(path)
         self._is_required = is_required
         self._restore = restore
-        self._replace: Callable[[], None] | None = None
+        self._data: bytes | memoryview | None = None
 
     def write(self, data: bytes | memoryview) -> bool:
-        """Write new contents of a file; return True if they are on the disk."""
-        self._replace = partial(replace_file, self.path, data)
-        return self._attempt()
-
-    def write_folder(self, write: Callable[[Path], object]) -> bool:
-        """Write new contents of a folder; return True if they are on the disk."""
-        self._replace = partial(replace_folder, self.path, write)
+        """Write new contents; return True if they are on the disk."""
+        self._data = data
         return self._attempt()
 
     def retry(self) -> bool:
@@ -116,15 +109,15 @@ class OutputFile(RetriedWrite):
         return error
 
     def _attempt(self) -> bool:
-        assert self._replace is not None
+        assert self._data is not None
         try:
             make_folder(self.path.parent)
-            self._replace()
+            replace_file(self.path, self._data)
         except OSError as error:
             then = "the run continues, and tries again at its next writes"
             self.failed(f"writing {self.path}", error, then)
             return False
         self.succeeded(self.path)
         if not self._restore:
-            self._replace = None
+            self._data = None
         return True
