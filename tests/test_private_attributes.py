@@ -32,11 +32,11 @@ from robo_orchard_lab.pipeline.distributed.job_store import JobStore
 from robo_orchard_lab.pipeline.errors import PipelineStateError
 from robo_orchard_lab.pipeline.gradient_norm import total_norm
 from robo_orchard_lab.pipeline.hooks import TorchProfilerHookConfig
-from robo_orchard_lab.pipeline.hooks.save_model import config_json
 from robo_orchard_lab.pipeline.metrics import resolve
 from robo_orchard_lab.pipeline.metrics.accumulators import MetricValueError
 from robo_orchard_lab.pipeline.metrics.torchmetrics import TorchMetrics
 from robo_orchard_lab.pipeline.model import copy_all, uncompiled
+from robo_orchard_lab.pipeline.pretrained_folder import config_json
 from robo_orchard_lab.testing import count_host_reads, run_hook
 from robo_orchard_lab.testing.fixtures import isolated
 

@@ -84,6 +84,17 @@ def test_list_shows_each_checkpoint(kept: Path, capsys: pytest.CaptureFixture[st
     assert lines[3].endswith("loss 4")
 
 
+def test_list_shows_both_links_of_a_checkpoint(
+    kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest checkpoint that is also the best one is listed as both."""
+    best = kept / "checkpoints" / "best"
+    best.unlink()
+    best.symlink_to("step_00000040")
+    assert main(["checkpoint", "list", str(kept)]) == 0
+    assert "complete, best, last" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_list_shows_damaged_checkpoints(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The list shows a truncated file and an invalid manifest."""
     root = kept / "checkpoints"

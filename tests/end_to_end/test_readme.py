@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launching import launch
+from pages import UNCHECKED
 from robo_orchard_lab.experiment import ExperimentConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ TRAINERS = ("accelerate", "lightning", "mmengine", "transformers")
 RUN_ELSEWHERE = ["experiments", "robot_data", *(f"migrate_{name}" for name in TRAINERS)]
 BLOCKS = [
     pytest.param(script, id=f"{document.stem}-{number}")
-    for document in [ROOT / "README.md", *PAGES]
+    for document in [ROOT / "README.md", *(page for page in PAGES if page.stem in UNCHECKED)]
     if document.stem not in RUN_ELSEWHERE
     for number, script in enumerate(_python_blocks(document))
 ]

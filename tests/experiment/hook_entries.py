@@ -146,7 +146,15 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
             "digest": "sha256",
         }
     ],
-    "SaveModel": [{"every": "1 epoch", "at_end": False, "folder": "exported", "weights": "ema"}],
+    "SaveModel": [
+        {
+            "every": "1 epoch",
+            "at_end": False,
+            "folder": "exported",
+            "weights": "ema",
+            "card": {"license": "mit", "name": "small", "tags": ["toy"], "language": "en"},
+        }
+    ],
     "StatsMonitor": [{"every": "20 steps", "grad_norm_every_update": True}, {"grad_norm": False}],
     "TimeLimit": [
         {"limit": "slurm", "margin": "5 min", "exit_code": 3, "save_checkpoint": False},

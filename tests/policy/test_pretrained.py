@@ -49,6 +49,7 @@ def test_a_saved_policy_is_loaded_with_equal_actions(make: Any, tmp_path: Path) 
     assert torch.equal(predicted(loaded), predicted(policy))
     assert json.loads((tmp_path / "policy" / "config.json").read_text()) == policy.config
     assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == [
+        "README.md",
         "config.json",
         "model.safetensors",
     ]

@@ -272,6 +272,21 @@ class PipelineRun:
         key, new = Path(os.path.abspath(path)), OutputFile(path, by, is_required=is_required)
         return self.outputs.setdefault(key, new).write(data)
 
+    def write_folder(
+        self, path: str | os.PathLike[str], write: Callable[[Path], object], by: str
+    ) -> bool:
+        """Replace a folder atomically; return True if the contents are on the disk.
+
+        If they are not, ``write`` is called again as in `write_file`.
+
+        Args:
+            path: path of the folder; missing parents are created.
+            write: function that fills an empty folder, from data that does not change afterwards.
+            by: name of the hook, for reports.
+        """
+        key, new = Path(os.path.abspath(path)), OutputFile(path, by)
+        return self.outputs.setdefault(key, new).write_folder(write)
+
     def retry_writes(self) -> None:
         """Write again what could not be written before; on the ranks that tried."""
         self.state_file.retry()

@@ -1,7 +1,8 @@
 """Policies saved for use without a trainer and a dataset: `save_policy`, `load_policy`.
 
 The folder is that of `SaveModel`: ``config.json`` with ``class_type`` and the arguments of the
-policy's class, and ``model.safetensors`` with the weights, the statistics of normalizers included.
+policy's class, ``model.safetensors`` with the weights, the statistics of normalizers included, and
+the model card ``README.md``.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ from robo_orchard_core.utils.config.formats import decode_utf8, read
 from robo_orchard_lab.experiment.catalogue import ExperimentTrust, with_definitions
 from robo_orchard_lab.experiment.initial_weights import SavedWeights
 from robo_orchard_lab.experiment.parts import ModelPart
-from robo_orchard_lab.pipeline.checkpoint import non_finite_names, pack_weights
+from robo_orchard_lab.pipeline.checkpoint import non_finite_names
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.pipeline.hooks.save_model import (
+from robo_orchard_lab.pipeline.model_card import ModelCardConfig
+from robo_orchard_lab.pipeline.pretrained_folder import (
     CONFIG_FILE,
     MODEL_FOLDER,
     WEIGHTS_FILE,
     config_json,
+    folder_writer,
+    model_facts,
 )
-from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file
+from robo_orchard_lab.pipeline.run.durable import make_folder, replace_folder
+from robo_orchard_lab.pipeline.run.run_info import versions
 from robo_orchard_lab.pipeline.trainer.rank_state import check_tensors
 from robo_orchard_lab.policy.rollouts import check_policy
 
@@ -37,14 +42,19 @@ class _PolicyFile(Config):
     policy: ModelPart
 
 
-def save_policy(policy: torch.nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write a policy to a folder, which `load_policy` reads.
+def save_policy(
+    policy: torch.nn.Module,
+    folder: str | os.PathLike[str],
+    card: ModelCardConfig | None = None,
+) -> None:
+    """Write a policy and its model card to a folder, which `load_policy` reads.
 
-    Each file is replaced atomically, the weights last.
+    The folder is replaced atomically.
 
     Args:
         policy: with ``config``, a mapping of ``class_type`` and the arguments of its class.
-        folder: created if it does not exist; other files in it stay.
+        folder: created if it does not exist; other files in it, and an edited card, stay.
+        card: license, name, tags and language in the card.
 
     Raises:
         PipelineConfigError: the config can't be written as JSON.
@@ -60,10 +70,10 @@ def save_policy(policy: torch.nn.Module, folder: str | os.PathLike[str]) -> None
     if names := non_finite_names(weights):
         raise ValueError(f"expected finite weights, found NaN or infinity in {names[0]}")
     path, text = Path(folder), config_json(policy, "save_policy")
-    assert text is not None  # of a mapping
-    make_folder(path)
-    replace_file(path / CONFIG_FILE, text.encode())
-    replace_file(path / WEIGHTS_FILE, pack_weights(weights, {"format": "pt"}))
+    facts = model_facts(policy, type(policy).__name__, about={"versions": versions()})
+    write = folder_writer(path, policy, weights, facts, card, who="save_policy", config=text)
+    make_folder(path.parent)
+    replace_folder(path, write)
 
 
 def load_policy(path: str | os.PathLike[str], trust: TrustLike = ()) -> Any:

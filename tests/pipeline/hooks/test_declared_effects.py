@@ -365,7 +365,7 @@ def test_every_hook_of_the_package_is_observed() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_declared_names_are_known(name: str) -> None:
     """Each declared name is a field of args, a documented name, or a method of the requests."""
-    page = (Path(__file__).parents[3] / "docs" / "hooks.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "how_to" / "hooks.md").read_text()
     from robo_orchard_lab.pipeline.hooks import optimizer
 
     hook = getattr(built_in, name, None) or getattr(optimizer, name)

@@ -42,9 +42,8 @@ def test_model_is_written_at_the_end(tmp_path: Path) -> None:
     model = make_model()
     make_trainer(SaveModelConfig(every="1 epoch"), model=model, max_epoch=2, run_folder=tmp_path)()
     assert equal(loaded(tmp_path / "pretrained_model"), weights(model))
-    assert [file.name for file in (tmp_path / "pretrained_model").iterdir()] == [
-        "model.safetensors"
-    ]
+    names = sorted(file.name for file in (tmp_path / "pretrained_model").iterdir())
+    assert names == ["README.md", "model.safetensors"]
 
 
 @pytest.mark.parametrize("after_epoch", [False, True])

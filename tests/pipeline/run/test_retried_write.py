@@ -100,7 +100,7 @@ def test_run_fails_at_its_end_without_room_for_the_model(tmp_path: Path) -> None
     steps: list[int] = []
     counter = PipelineHooks("counter")
     counter.on_step.after(lambda args: steps.append(args.global_step_id))
-    with pytest.raises(OSError, match=r"SaveModel could not write .*model\.safetensors: .*too l"):
+    with pytest.raises(OSError, match=r"SaveModel could not write .*pretrained_model: .*too l"):
         run(tmp_path, during({2: fill}), counter, SaveModelConfig(every="2 steps"))
     assert steps == [*range(6)]
 

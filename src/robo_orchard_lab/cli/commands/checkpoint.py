@@ -68,11 +68,11 @@ def list_(path: str, as_json: bool) -> None:
     from robo_orchard_lab.pipeline.errors import CheckpointError
 
     root = find_checkpoints(path).root
-    links = {
-        (root / name).resolve().name: name
-        for name in ("best", "last")
-        if (root / name).is_symlink()
-    }
+    links = dict[str, str]()
+    for link_name in ("best", "last"):
+        if (root / link_name).is_symlink():
+            target = (root / link_name).resolve().name
+            links[target] = f"{links[target]}, {link_name}" if target in links else link_name
     listing = RootListing(root, ReadLimits()).read()
     found: list[dict[str, Any]] = []
     rows: list[list[str]] = []

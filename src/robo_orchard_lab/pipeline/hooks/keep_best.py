@@ -17,11 +17,18 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks.save_model import CONFIG_FILE, WEIGHTS_FILE, config_json
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
+from robo_orchard_lab.pipeline.pretrained_folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    card_to_write,
+    config_json,
+    facts_of_run,
+)
 from robo_orchard_lab.pipeline.run.durable import remove_leftovers
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharding import non_finite_weights
@@ -109,8 +116,8 @@ class KeepBest(PipelineHooks):
     Weights that can't be written, as on a full disk, stay in host memory until there is room, or
     until a better value; the run ends with an error if there is no room at its end.
 
-    A file named ``model.safetensors`` gets the model's ``config.json`` next to it, as of
-    ``SaveModel``: ``load_policy`` and ``from_pretrained`` read the folder.
+    A file named ``model.safetensors`` gets the model's ``config.json`` and its card, README.md,
+    next to it, as of ``SaveModel``: ``load_policy`` reads the folder.
 
     A new run overwrites the file of an earlier one. A resumed run reads the file first: weights
     saved after the resumed checkpoint stay if their value is better.
@@ -143,7 +150,7 @@ class KeepBest(PipelineHooks):
         self.cfg = cfg
         self._best = BestValue(cfg.mode, cfg.min_delta)
         if cfg.path.name == WEIGHTS_FILE:
-            self.declare_effects(changes=["files"])
+            self.declare_effects(changes=["files"], requests=["write"])
         self._is_resumed = False
         self.register_for_loop(self._begin)
         if (weights := cfg.weights) is not None:  # refuses unknown weights before the first step
@@ -200,9 +207,12 @@ class KeepBest(PipelineHooks):
                 )
                 found = MetricValue(found.name, math.nan, found.step)
         if self._best.update(found):
+            reason = f"{cfg.monitor} is {number_text(found.value)}, the best so far"
+            if cfg.path.name == WEIGHTS_FILE:
+                run.requests.write(partial(self._write_card, run), reason, by=self.name)
             run.requests.save_weights(
                 cfg.path,
-                f"{cfg.monitor} is {number_text(found.value)}, the best so far",
+                reason,
                 by=self.name,
                 weights=cfg.weights,
                 metadata={
@@ -213,6 +223,13 @@ class KeepBest(PipelineHooks):
                     "value_step": str(found.step),
                 },
             )
+
+    def _write_card(self, run: PipelineRun) -> None:
+        path = self.cfg.path.with_name(CARD_FILE)
+        if run.accelerator.is_main_process:
+            card = card_to_write(path, facts_of_run(run))
+            if card is not None:
+                run.write_file(path, card, self.name, is_required=False)
 
     def _compare_with_file(self, args: PipelineHookArgs) -> None:
         found = _read_value(self.cfg) if args.accelerator.is_main_process else None
@@ -254,7 +271,7 @@ class KeepBestConfig(PipelineHooksConfig[KeepBest]):
     mode: Mode = Field(description="Best value: the smallest ('min') or the largest ('max').")
     path: Annotated[Path, RunPath()] = Field(
         description="File to write, *.safetensors; its folder is created. A model.safetensors gets "
-        "the model's config.json next to it."
+        "the model's config.json and card next to it."
     )
     min_delta: float = Field(
         default=0.0, ge=0, description="Least improvement; a smaller one does not count."

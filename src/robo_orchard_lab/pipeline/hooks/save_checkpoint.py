@@ -330,7 +330,7 @@ class SaveCheckpoint(PipelineHooks):
                 run.progress.global_step_id,
                 snapshot.parts,
                 snapshot.of_rank,
-                metrics=self._metrics(run),
+                metrics=run.metrics.values_at(run.progress.global_step_id),
                 metadata={**snapshot.about, "reason": reasons},
                 finite=snapshot.finite,
             )
@@ -339,15 +339,6 @@ class SaveCheckpoint(PipelineHooks):
             self._task.start(pending.commit)
         elif pending is not None:
             self._report(self._attempt(pending.commit))
-
-    def _metrics(self, run: PipelineRun) -> dict[str, float]:
-        """Return the metrics measured on the current weights."""
-        step = run.progress.global_step_id
-        return {
-            found.name: found.value
-            for found in run.metrics.last_values()
-            if found.step == step and math.isfinite(found.value)
-        }
 
     def _collect(self, is_final: bool = False) -> None:
         """Wait for a background save and report its result."""

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping
+import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import pydantic
-import torch
 from pydantic import Field
 
 from robo_orchard_core.utils.hook import RemovableHandle
-from robo_orchard_lab.pipeline.checkpoint import pack_weights
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import ROUTINE, job_logger
 from robo_orchard_lab.pipeline.model import plain_model
+from robo_orchard_lab.pipeline.model_card import ModelCardConfig
+from robo_orchard_lab.pipeline.pretrained_folder import (
+    MODEL_FOLDER,
+    config_json,
+    facts_of_run,
+    folder_writer,
+    has_own_writer,
+)
 from robo_orchard_lab.pipeline.requests import Request, StopRequest
 from robo_orchard_lab.pipeline.run.durable import remove_leftovers
 from robo_orchard_lab.pipeline.run.run_path import RunPath
@@ -28,22 +31,20 @@ from robo_orchard_lab.pipeline.trigger import Last, TriggerField
 
 logger = job_logger(__name__)
 
-MODEL_FOLDER = "pretrained_model"
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-
 
 class SaveModel(PipelineHooks):
     """Exported model in ``pretrained_model/``, in the layout of the Hugging Face Hub.
 
-    ``model.safetensors`` holds the weights by the names of the plain model. ``config.json`` holds
-    the model's ``config`` if it has ``to_dict`` or is a dataclass, pydantic model or mapping.
-    ``from_pretrained`` of a matching class reads the folder; ``load_state_dict(load_file(...))``
-    works with every plain model.
+    A model with ``save_pretrained``, such as those of Transformers, Diffusers and LeRobot, writes
+    config and weights itself; ``from_pretrained`` of its class reads the folder. Of any other
+    model, ``model.safetensors`` holds the weights by the names of the plain model, and
+    ``config.json`` its ``config`` if that has ``to_dict`` or is a dataclass, pydantic model or
+    mapping. ``README.md`` is the model card: results, use, data, command, versions and
+    configuration, without secrets.
 
     The model is written on the trigger ``every``, and at the end: at a limit or a hook's stop, but
-    not at an interruption. Each file is replaced atomically, the weights last; other files in the
-    folder stay. Non-finite weights are not written: an error is logged, and the folder stays. A
+    not at an interruption. The folder is replaced atomically; other files in it stay, and so does
+    an edited card. Non-finite weights are not written: an error is logged, and the folder stays. A
     model that can't be written, as on a full disk, stays in host memory until there is room; the
     run ends with an error if there is no room at its end.
 
@@ -53,12 +54,13 @@ class SaveModel(PipelineHooks):
     - Cost: none for a step.
 
     Raises:
-        PipelineConfigError: when the loop begins, no folder is set, or the config can't be written
-            as JSON; when the first epoch begins, no hook keeps the weights to write.
+        PipelineConfigError: when the loop begins, no folder is set, the folder can't be replaced,
+            or the config can't be written as JSON; when the first epoch begins, no hook keeps the
+            weights to write; ``save_pretrained`` writes no safetensors.
     """
 
     keeps_trajectory = True
-    reads = ("model.weights", "model.buffers")
+    reads = ("metrics", "model.weights", "model.buffers")
     changes = ("files",)
     requests = ("write",)
 
@@ -87,10 +89,15 @@ class SaveModel(PipelineHooks):
                 f"{self.name}.folder: no folder to write to; set folder here, or run_folder of the "
                 "trainer"
             )
-        self._config = config_json(plain_model(args.run), self.name)  # fails early
+        model = plain_model(args.run)
+        self._config = None if has_own_writer(model) else config_json(model, self.name)
         if args.accelerator.is_main_process:
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
-                remove_leftovers(self._folder / name)
+            if os.path.ismount(self._folder):
+                raise PipelineConfigError(
+                    f"{args.run.locate(self.name, 'folder')}: {self._folder} is a mount point, "
+                    "which can't be replaced; set a folder in it"
+                )
+            remove_leftovers(self._folder)
 
         def request_at_stop(request: Request) -> None:
             is_stop = isinstance(request, StopRequest) and request.exit_code is None
@@ -117,14 +124,13 @@ class SaveModel(PipelineHooks):
         weights = gather_weights(run, kept)
         if weights is None:  # written by another rank
             return
-        if self._config is not None:
-            run.write_file(self._folder / CONFIG_FILE, self._config.encode(), self.name)
-        metadata = {
-            "format": "pt",  # required by transformers
-            "global_step_id": str(run.progress.global_step_id),
-        }
-        file = pack_weights(weights, metadata)
-        if run.write_file(self._folder / WEIGHTS_FILE, file, self.name):
+        write = folder_writer(
+            *(self._folder, plain_model(run), weights, facts_of_run(run), self.cfg.card),
+            who=self.name,
+            config=self._config,
+            metadata={"global_step_id": str(run.progress.global_step_id)},
+        )
+        if run.write_folder(self._folder, write, self.name):
             found = self.name, self._folder, run.progress
             logger.info("%s: wrote %s at %s", *found, extra=ROUTINE)
 
@@ -151,48 +157,11 @@ class SaveModelConfig(PipelineHooksConfig[SaveModel]):
         "model's own.",
     )
 
+    card: ModelCardConfig = Field(
+        default_factory=ModelCardConfig,
+        description="License, name, tags and language in the model card.",
+    )
+
     def __post_init__(self) -> None:
         if self.every is None and not self.at_end:
             raise ValueError("the model would never be written; set every, or at_end=True")
-
-
-def config_json(model: torch.nn.Module, who: str) -> str | None:
-    """Return the model's ``config`` as JSON; None without a config of a supported type.
-
-    Raises:
-        PipelineConfigError: the config contains a value that JSON can't represent.
-    """
-    # Hugging Face's ModelHubMixin keeps the constructor's arguments in _hub_mixin_config.
-    config = getattr(model, "config", None) or getattr(model, "_hub_mixin_config", None)
-    if config is None:
-        is_mixin = any(kind.__name__ == "ModelHubMixin" for kind in type(model).__mro__)
-        if is_mixin and not hasattr(model, "_hub_mixin_config"):
-            logger.warning(
-                "%s: expected the arguments of the model's constructor in _hub_mixin_config, as of "
-                "huggingface_hub 2.4, found no such attribute; not writing %s: set model.config",
-                *(who, CONFIG_FILE),
-            )
-        return None
-    fields: Any
-    if callable(getattr(config, "to_dict", None)):
-        fields = config.to_dict()
-    elif isinstance(config, pydantic.BaseModel):
-        fields = config.model_dump(mode="json")
-    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
-        fields = dataclasses.asdict(config)
-    elif isinstance(config, Mapping):
-        fields = dict(config)
-    else:
-        logger.warning(
-            "%s: expected a model config with to_dict, or a dataclass, pydantic model or mapping, "
-            "found %s; not writing %s",
-            *(who, type(config).__qualname__, CONFIG_FILE),
-        )
-        return None
-    try:
-        return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise PipelineConfigError(
-            f"{who}: the model's config can't be written as JSON: {error}; add a to_dict that "
-            "returns only numbers, strings, lists and mappings"
-        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
@@ -287,6 +288,14 @@ class MetricsBoard:
     def last_values(self) -> list[MetricValue]:
         """Return the value of each metric at its last logging point or evaluation."""
         return list(self._last_values.values())
+
+    def values_at(self, step: int) -> dict[str, float]:
+        """Return the finite values that were measured after so many steps, by name."""
+        return {
+            found.name: found.value
+            for found in self.last_values()
+            if found.step == step and math.isfinite(found.value)
+        }
 
     def names(self) -> list[str]:
         """Return the published names, in order of first publication."""

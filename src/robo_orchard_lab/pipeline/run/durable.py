@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _PIECE_BYTES = 1 << 30
 _PAGE_BYTES = 4096
 _PAST_CACHE_FROM = 1 << 20
+_HEX = "[0-9a-f]" * 32
+_OLD = ".old"  # of a folder during its replacement
 # A file system without locks answers with one of these.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -35,15 +37,26 @@ def temporary_name(name: str) -> str:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove temporary files that a killed writer of ``path`` left. Call without other writers."""
+    """Remove what a killed writer of a file or folder left. Call without other writers.
+
+    A folder whose replacement was interrupted is restored.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{_HEX}{_OLD}"):
+        if os.path.lexists(path):
+            remove_folder(left)
+        else:
+            os.rename(left, path)
     for left in find_leftovers(path.parent, path.name):
-        left.unlink(missing_ok=True)
+        if left.is_dir() and not left.is_symlink():
+            remove_folder(left)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def find_leftovers(folder: Path, name: str | None = None, within: str = "") -> Iterator[Path]:
     """Iterate over temporary files of a name, or of all; ``within="**/"`` adds inner folders."""
     name = "*" if name is None else glob.escape(name)
-    return folder.glob(f"{within}.{name}.{'[0-9a-f]' * 32}.tmp")
+    return folder.glob(f"{within}.{name}.{_HEX}.tmp")
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
@@ -75,6 +88,43 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace a folder by a new one, after its content is flushed.
+
+    A reader finds the old or the new folder complete, and, between two renames, none. The parent
+    folder must exist and be writable.
+
+    Args:
+        path: folder to replace; created if missing, and a link is followed.
+        write: function that fills the new folder, which is empty.
+
+    Raises:
+        OSError: the folder can't be written; the old one is unchanged.
+    """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(temporary_name(path.name))
+    old = temporary.with_suffix(_OLD)
+    try:
+        temporary.mkdir()
+        write(temporary)
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                flush_file(Path(folder, name))
+            flush_folder(Path(folder))
+        if os.path.lexists(path):
+            os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            os.rename(old, path)
+            raise
+    except BaseException:
+        remove_folder(temporary)
+        raise
+    flush_folder(path.parent)
+    remove_folder(old)
 
 
 def _write_past_cache(descriptor: int, data: memoryview) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file
+from robo_orchard_lab.pipeline.run.durable import make_folder, replace_file, replace_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -65,10 +67,10 @@ def _reason(error: Exception) -> str:
 
 
 class OutputFile(RetriedWrite):
-    """File that is replaced atomically; contents that can't be written stay in memory.
+    """File or folder that is replaced atomically; contents that can't be written stay in memory.
 
     Args:
-        path: path of the file; missing folders are created.
+        path: path of the file or folder; missing parents are created.
         by: name of the writer.
         is_required: a run that ends without the file fails.
         restore: keep the contents, and write them again if the file disappears.
@@ -86,11 +88,16 @@ class OutputFile(RetriedWrite):
         self.path = Path(path)
         self._is_required = is_required
         self._restore = restore
-        self._data: bytes | memoryview | None = None
+        self._replace: Callable[[], None] | None = None
 
     def write(self, data: bytes | memoryview) -> bool:
-        """Write new contents; return True if they are on the disk."""
-        self._data = data
+        """Write new contents of a file; return True if they are on the disk."""
+        self._replace = partial(replace_file, self.path, data)
+        return self._attempt()
+
+    def write_folder(self, write: Callable[[Path], object]) -> bool:
+        """Write new contents of a folder; return True if they are on the disk."""
+        self._replace = partial(replace_folder, self.path, write)
         return self._attempt()
 
     def retry(self) -> bool:
@@ -109,15 +116,15 @@ class OutputFile(RetriedWrite):
         return error
 
     def _attempt(self) -> bool:
-        assert self._data is not None
+        assert self._replace is not None
         try:
             make_folder(self.path.parent)
-            replace_file(self.path, self._data)
+            self._replace()
         except OSError as error:
             then = "the run continues, and tries again at its next writes"
             self.failed(f"writing {self.path}", error, then)
             return False
         self.succeeded(self.path)
         if not self._restore:
-            self._data = None
+            self._replace = None
         return True
