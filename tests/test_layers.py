@@ -28,6 +28,7 @@ LAYERS = [
     "robo_orchard_lab.data",
     "robo_orchard_lab.policy",
     "robo_orchard_lab.report",
+    "robo_orchard_lab.cluster",
     "robo_orchard_lab.search",
     "robo_orchard_lab.testing",
     "robo_orchard_lab.cli",

@@ -42,6 +42,7 @@ COMMANDS = {
         "predict": ("Write a model's outputs for each sample.", f"{_COMMANDS}.train:predict"),
         "export": ("Export the model by torch.export or to ONNX.", f"{_COMMANDS}.train:export"),
         "rollout": ("Run episodes of a policy; print its success.", f"{_COMMANDS}.rollout:rollout"),
+        "submit": ("Train in a job of SLURM, requeued at its limit.", f"{_COMMANDS}.submit:submit"),
         "sweep": ("Search the best values of fields.", f"{_COMMANDS}.sweep:sweep"),
         "prove-resume": ("Prove that a run resumes exactly.", f"{_COMMANDS}.train:prove_resume"),
         "report": ("Write the HTML report of runs.", f"{_COMMANDS}.report:report"),

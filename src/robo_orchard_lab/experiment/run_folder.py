@@ -8,6 +8,7 @@
       starts/0001.diff     uncommitted changes of the repository, for ``git apply``
       run_state.json       state of the run
       checkpoints/         see CheckpointStore
+      submissions/0001/    cluster job of the run: settings, status and logs
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from robo_orchard_core.utils.config.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
 STARTS = "starts"
+SUBMISSIONS = "submissions"
 RUN_STATE = "run_state.json"
 _MANIFEST = "manifest.json"
 _LEVELS = 3  # a checkpoint lies in RUN/checkpoints/step_00000001
@@ -100,7 +102,7 @@ def has_only_other_files(folder: str | os.PathLike[str]) -> bool:
         return False
     except OSError:  # a file, or an unreadable folder
         return True
-    return bool(names) and not {STARTS, RUN_STATE}.intersection(names)
+    return bool(names) and not {STARTS, RUN_STATE, SUBMISSIONS}.intersection(names)
 
 
 def find_escaping_link(folder: str | os.PathLike[str]) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from robo_orchard_core.utils.config.errors import ConfigError, did_you_mean, dotted
 from robo_orchard_lab.experiment.overrides import leaves
 from robo_orchard_lab.report.files import Problems, inside, mapping, read_object, text
+from robo_orchard_lab.report.jobs import with_slurm_states
 from robo_orchard_lab.report.listing import RunSummary, find_runs, summarize
 from robo_orchard_lab.report.position import last_record
 from robo_orchard_lab.report.series import Curve, Metrics, Mode, guess_mode, read_metrics
@@ -27,6 +28,8 @@ STATE_FIELDS = {
     "run": "path",
     "name": "name",
     "state": "state",
+    "job": "job_state",
+    "job_id": "job_id",
     "steps": "steps",
     "epochs": "epochs",
     "time": "seconds",
@@ -135,8 +138,12 @@ def _number(value: Any) -> Any:
 
 
 def read_runs_of(folder: Path, metric: str | None = None) -> list[Run]:
-    """Return the runs in a folder and below."""
-    return [Run(run, folder, metric) for run in find_runs(folder)]
+    """Return the runs in a folder and below; SLURM is asked for the states of their jobs."""
+    runs = [Run(run, folder, metric) for run in find_runs(folder)]
+    jobs = with_slurm_states(run.summary.job for run in runs)
+    for run, job in zip(runs, jobs, strict=True):
+        run.summary = replace(run.summary, job=job)
+    return runs
 
 
 # --- names of fields -------------------------------------------------------------------------

@@ -10,10 +10,12 @@ from pathlib import Path
 from robo_orchard_lab.experiment.run_folder import (
     CONFIG_FILE,
     RUN_STATE,
+    SUBMISSIONS,
     find_run,
     run_config_file,
 )
 from robo_orchard_lab.report.files import Problems, read_object
+from robo_orchard_lab.report.jobs import SUBMISSION_FILE, Job, newest_submission, read_job
 from robo_orchard_lab.report.position import read_position
 from robo_orchard_lab.report.series import Metrics, Mode, guess_mode, read_metrics
 from robo_orchard_lab.report.story import (
@@ -26,13 +28,16 @@ from robo_orchard_lab.report.story import (
 
 _LEVELS = 6
 _MAX_FOLDERS = 50_000
-_INNER = {"checkpoints", "starts", "media", "wandb", "node_modules", "__pycache__"}
+_INNER = {"checkpoints", "starts", "media", SUBMISSIONS, "wandb", "node_modules", "__pycache__"}
 
 
 def is_run(folder: Path) -> bool:
-    """Return True for the run folder of an experiment or a script."""
+    """Return True for the run folder of an experiment or a script, also of a waiting job."""
     is_started = (folder / RUN_STATE).is_file() or run_config_file(folder) is not None
-    return is_started or (folder / "metrics.jsonl").is_file()
+    if is_started or (folder / "metrics.jsonl").is_file():
+        return True
+    submission = newest_submission(folder)
+    return submission is not None and (submission / SUBMISSION_FILE).is_file()
 
 
 def run_folder(path: Path) -> Path:
@@ -82,6 +87,7 @@ class RunSummary:
         best: best value, or the last value if the metric has no known direction.
         commit: commit of the newest start.
         changed: True if the newest start had uncommitted changes.
+        job: newest cluster job, by the files of the run; None without one.
         problems: descriptions of missing or damaged files.
     """
 
@@ -101,7 +107,18 @@ class RunSummary:
     changed: bool
     started_at: str | None
     updated_at: str | None
+    job: Job | None
     problems: tuple[str, ...]
+
+    @property
+    def job_state(self) -> str | None:
+        """State of the newest job."""
+        return None if self.job is None else self.job.state
+
+    @property
+    def job_id(self) -> str | None:
+        """Id of the newest job."""
+        return None if self.job is None else self.job.id
 
 
 def summarize(
@@ -139,6 +156,7 @@ def summarize(
         changed=commit is not None and commit[1],
         started_at=now.verdict["started_at"],
         updated_at=now.at,
+        job=read_job(folder, problems),
         problems=tuple(problems),
     )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
@@ -20,7 +20,12 @@ from optuna.trial import TrialState
 
 from robo_orchard_core.utils.config.errors import ConfigError
 from robo_orchard_core.utils.process_identity import ProcessIdentity
+from robo_orchard_lab.cluster.submission import ClusterSettings, cancel, launcher, submit
+from robo_orchard_lab.experiment.config import ExperimentConfig
 from robo_orchard_lab.experiment.existing_run import find_existing_run
+from robo_orchard_lab.experiment.overrides import from_arguments
+from robo_orchard_lab.report.files import Problems
+from robo_orchard_lab.report.jobs import Job, read_job, with_slurm_states
 from robo_orchard_lab.search.space import SweepSpace, make_pruner
 from robo_orchard_lab.search.storage import (
     FAILED,
@@ -39,6 +44,7 @@ HOOK = "sweep"
 
 _USAGE, _STOPPED = 2, (75, 130, 143)  # exit codes of `robo-orchard-lab train`
 _POLL_S = 1.0
+_ASK_SLURM_S = 60.0
 
 
 class SweepError(ConfigError):
@@ -72,9 +78,11 @@ class Sweep:
         folder: Folder of the sweep.
         storage: Storage of the study, see `open_storage`; a SQLite file in the folder by default.
         study: Name of the study; the name of the folder by default.
-        arguments: Further arguments of each run, such as ``--trainer.max_epoch=3``.
+        arguments: Fields of each run, such as ``--trainer.max_epoch=3``.
+        trust: Packages and classes that the experiment may name.
         processes: World size of each run.
         document: Experiment as plain data; a study accepts no other one.
+        cluster: Settings of jobs that train the trials; by default, child processes train them.
         report: Called with a line about each event.
     """
 
@@ -84,8 +92,10 @@ class Sweep:
     storage: str = ""
     study: str = ""
     arguments: Sequence[str] = ()
+    trust: Sequence[str] = ()
     processes: int = 1
     document: Any = None
+    cluster: ClusterSettings | None = None
     report: Callable[[str], object] = print
     _stopping: threading.Event = field(default_factory=threading.Event, init=False)
     _claiming: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -181,14 +191,15 @@ class Sweep:
         values = {name: parameters[name].suggest(trial, name) for name in parameters}
         claim.close()
         folder = self.folder / "trials" / f"{number:04d}"
-        code = self._train(trial, folder, values, slot)
+        train = self._train if self.cluster is None else self._train_in_job
+        code, log = train(self._fields(trial, folder, values), folder, slot)
         if code in _STOPPED or (code != 0 and self._stopping.is_set()):
             raise _NoResultError  # without FAILED: the next start continues the run
         if code == _USAGE:
-            raise SweepError(f"trial {number} can't start: {_last_error(folder)}")
+            raise SweepError(f"trial {number} can't start: {_last_error(log)}")
         if code != 0:
-            trial.set_user_attr(FAILED, _last_error(folder))
-            self.report(f"trial {number} failed: {_last_error(folder)}")
+            trial.set_user_attr(FAILED, _last_error(log))
+            self.report(f"trial {number} failed: {_last_error(log)}")
             raise _NoResultError
         return self._result(trial, number)
 
@@ -209,8 +220,8 @@ class Sweep:
             raise optuna.TrialPruned
         return value
 
-    def _train(self, trial: optuna.Trial, folder: Path, values: dict[str, Any], slot: _Slot) -> int:
-        """Run the command of a trial to its end; return the exit code."""
+    def _fields(self, trial: optuna.Trial, folder: Path, values: dict[str, Any]) -> tuple[str, ...]:
+        """Return the fields of a trial's run, as arguments."""
         hook = {
             "class_type": "SweepTrial",
             "study": self.study,
@@ -218,14 +229,20 @@ class Sweep:
             "metric": self.space.metric,
         }
         fields = {**values, "run_folder": str(folder), f"hooks.{HOOK}": hook}
+        return tuple(f"--{name}={json.dumps(value)}" for name, value in fields.items())
+
+    def _train(self, fields: Sequence[str], folder: Path, slot: _Slot) -> tuple[int, Path]:
+        """Run the command of a trial to its end; return the exit code and the log."""
         command = [
-            *_launcher(self.processes),
-            *("-m", "robo_orchard_lab", "train", str(self.file), *self.arguments),
-            *(f"--{name}={json.dumps(value)}" for name, value in fields.items()),
+            *launcher(self.processes),
+            *("-m", "robo_orchard_lab", "train", str(self.file)),
+            *(part for package in self.trust for part in ("--trust", package)),
+            *(*self.arguments, *fields),
         ]
         folder.mkdir(parents=True, exist_ok=True)
         self._wait_for_earlier(folder)
-        with open(folder.with_suffix(".log"), "ab") as log:
+        path = folder.with_suffix(".log")
+        with open(path, "ab") as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,  # closes with this process
@@ -240,11 +257,44 @@ class Sweep:
         try:
             if self._stopping.is_set():
                 process.terminate()
-            return process.wait()
+            return process.wait(), path
         finally:
             self._runs.discard(process)
             assert process.stdin is not None
             process.stdin.close()
+
+    def _train_in_job(self, fields: Sequence[str], folder: Path, slot: _Slot) -> tuple[int, Path]:
+        """Train a trial in a job to its end; return the exit code and the log."""
+        assert self.cluster is not None
+        self._end_job(folder)  # of a sweep that was killed
+        trust = [*self.trust]
+        overrides, _ = from_arguments([*self.arguments, *fields])
+        experiment = ExperimentConfig.load(
+            self.file, trust=trust, overrides=overrides, environ=os.environ
+        )
+        submit(experiment, self.cluster, trust=trust, variables={STORAGE_VARIABLE: self.storage})
+        job = self._end_job(folder, is_wanted=True)
+        assert job is not None
+        if job.state == "finished":
+            return 0, job.log
+        if job.exit_code is None:  # not of the training: killed, or without progress
+            self.report(f"{folder}: job {job.id}: {job.message}")
+        return job.exit_code or 1, job.log
+
+    def _end_job(self, folder: Path, *, is_wanted: bool = False) -> Job | None:
+        """Wait for the end of the newest job in a folder; cancel one that is not wanted."""
+        asked_at = -_ASK_SLURM_S
+        is_cancelled = False
+        while True:
+            job = read_job(folder, Problems())
+            if time.monotonic() - asked_at >= _ASK_SLURM_S:
+                [job], asked_at = with_slurm_states([job]), time.monotonic()
+            if job is None or not job.is_active:
+                return job
+            if not is_cancelled and (self._stopping.is_set() or not is_wanted):
+                cancel(job)
+                is_cancelled = True
+            time.sleep(_POLL_S)
 
     def _wait_for_earlier(self, folder: Path) -> None:
         """Wait until the process of an earlier sweep has stopped the run in a folder."""
@@ -258,13 +308,6 @@ class Sweep:
 def default_storage(folder: Path) -> str:
     """Return the storage of a sweep's own study, a SQLite file in its folder."""
     return f"sqlite:///{folder.resolve() / 'study.db'}"
-
-
-def _launcher(processes: int) -> list[str]:
-    if processes == 1:
-        return [sys.executable]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, f"--nproc-per-node={processes}"]
 
 
 def _slots(jobs: int) -> list[_Slot]:
@@ -287,9 +330,8 @@ def _slots(jobs: int) -> list[_Slot]:
     return found
 
 
-def _last_error(folder: Path) -> str:
+def _last_error(log: Path) -> str:
     """Return the last error in the log of a trial, or its last line."""
-    log = folder.with_suffix(".log")
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 65536))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,8 @@ class SweepTrial(PipelineHooks):
     """Report of the metric to the study of a sweep, and a stop if the trial is pruned.
 
     A sweep adds the hook to the run of each trial. Without the sweep, as in a repetition of the
-    run, the hook does nothing. The run gets SIGTERM when the process of the sweep dies.
+    run, the hook does nothing. The run gets SIGTERM when the process of the sweep dies, except in a
+    cluster job.
 
     - Ranks: the first rank reports and decides; all ranks stop at the same commit point.
     - Requests: a stop.
@@ -60,7 +62,8 @@ class SweepTrial(PipelineHooks):
             self._requests, self._is_job = args.requests, args.accelerator.num_processes > 1
             if args.accelerator.is_main_process:
                 self._connect(storage)
-                threading.Thread(target=_terminate_with_sweep, daemon=True).start()
+                if stat.S_ISFIFO(os.fstat(0).st_mode):  # not in a job
+                    threading.Thread(target=_terminate_with_sweep, daemon=True).start()
         return args.metrics.subscribe(self.cfg.metric, self._report, who=self.name)
 
     def _connect(self, storage: str) -> None:

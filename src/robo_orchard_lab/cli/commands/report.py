@@ -157,12 +157,13 @@ def runs(
       robo-orchard-lab runs --columns lr,eval/val/loss:best --out runs.csv
 
     Shows state, steps, time, best metric and commit. BEST is the metric that the run monitors for
-    its best checkpoint, or else of its evaluations.
+    its best checkpoint, or else of its evaluations. JOB has id and state of a job of `submit`:
+    queued, running, requeued, finished or failed.
 
-    A FIELD is one of run, name, state, steps, epochs, time (in seconds), metric, best, best_step,
-    commit, changed, started and updated; a dotted path of the configuration, such as optimizer.lr;
-    or a metric: NAME:last, NAME:best, NAME:min or NAME:max. The end of a path or metric suffices
-    where no other field ends so. Operators are = != < <= > >= ~ (contains) and in.
+    A FIELD is one of run, name, state, job, job_id, steps, epochs, time (in seconds), metric, best,
+    best_step, commit, changed, started and updated; a dotted path of the configuration, such as
+    optimizer.lr; or a metric: NAME:last, NAME:best, NAME:min or NAME:max. The end of a path or
+    metric suffices where no other field ends so. Operators are = != < <= > >= ~ (contains) and in.
     """
     from robo_orchard_lab.report import query
     from robo_orchard_lab.report.fields import read_runs_of
@@ -184,7 +185,7 @@ def runs(
     if as_json and names:
         print_json([{n: query.strict(v) for n, v in row.items()} for row in found.rows()])
     elif as_json:
-        print_json([{**asdict(r.summary), "path": str(r.summary.path)} for r in found.runs])
+        print_json([_plain(run.summary) for run in found.runs])
     elif out is not None:
         say(f"wrote {out} ({count_text(len(found.runs), 'run')})")
     elif not found.runs:
@@ -199,14 +200,14 @@ def _print_runs(found: Selection, *, with_columns: bool) -> None:
         rows = [[_cell_text(n, value) for n, value in row.items()] for row in found.rows()]
         print_table([field.name for field in found.columns], rows)
     else:
+        has_jobs = any(summary.job is not None for summary in summaries)
         print_table(
-            ["run", "state", "steps", "time", "best", "commit"],
+            ["run", "state", *(["job"] * has_jobs), "steps", "time", "best", "commit"],
             [
                 [
                     one_line(run.path),
-                    summary.state
-                    if summary.host is None
-                    else one_line(f"{summary.state} on {summary.host}"),
+                    _state_text(summary),
+                    *([_job_text(summary)] * has_jobs),
                     "" if summary.steps is None else f"{summary.steps:,}",
                     duration_text(summary.seconds),
                     _best_text(summary),
@@ -217,6 +218,9 @@ def _print_runs(found: Selection, *, with_columns: bool) -> None:
                 for run, summary in zip(found.runs, summaries, strict=True)
             ],
         )
+    for summary in summaries:
+        if (job := summary.job) is not None and job.state == "failed":
+            note(one_line(f"{summary.path}: job {job.id}: {job.message} ({job.log})"))
     damaged = [summary for summary in summaries if summary.problems]
     for summary in damaged[:5]:
         note(f"{summary.path}: {one_line(summary.problems[0])}")
@@ -232,6 +236,21 @@ def _cell_text(name: str, value: Any) -> str:
     if value is None or isinstance(value, str):
         return one_line(value or "")
     return f"{value:.5g}" if isinstance(value, float) else one_line(json.dumps(value))
+
+
+def _plain(run: RunSummary) -> dict[str, Any]:
+    job = run.job and {**asdict(run.job), "folder": str(run.job.folder), "log": str(run.job.log)}
+    return {**asdict(run), "path": str(run.path), "job": job}
+
+
+def _state_text(run: RunSummary) -> str:
+    if run.state == "unknown" and run.job is not None:  # before the start
+        return run.job.state
+    return run.state if run.host is None else one_line(f"{run.state} on {run.host}")
+
+
+def _job_text(run: RunSummary) -> str:
+    return "" if run.job is None else f"{run.job.id} {run.job.state}"
 
 
 def _best_text(run: RunSummary) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from robo_orchard_core.utils.config.errors import ConfigError, dotted
 from robo_orchard_core.utils.logging import one_line
 from robo_orchard_lab.cli.commands import Command, CommandGroup
+from robo_orchard_lab.cli.commands.submit import cluster_options, cluster_settings
 from robo_orchard_lab.cli.errors import CommandError
 from robo_orchard_lab.cli.experiment_arguments import (
     ExperimentArguments,
@@ -23,6 +24,8 @@ from robo_orchard_lab.cli.output import json_option, note, print_json, print_tab
 if TYPE_CHECKING:
     import optuna
 
+    from robo_orchard_lab.cluster.submission import ClusterSettings
+    from robo_orchard_lab.experiment.config import ExperimentConfig
     from robo_orchard_lab.search.space import SweepSpace
 
 _storage_option = click.option(
@@ -90,6 +93,14 @@ def sweep() -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of the sweep; by default sweeps/NAME of the experiment.",
 )
+@click.option(
+    "--submit",
+    "is_submitted",
+    is_flag=True,
+    help="Train each trial in a job of SLURM, or of this machine, as `submit` does; --jobs limits "
+    "the jobs at a time.",
+)
+@cluster_options
 @_storage_option
 @_study_option
 @json_option
@@ -101,15 +112,18 @@ def run(
     jobs: int,
     processes: int,
     folder: Path | None,
+    is_submitted: bool,
     storage: str | None,
     study: str | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Train FILE with different values of some fields, and rank the results.
 
     \b
       robo-orchard-lab sweep experiment.yaml --space space.yaml --trials 20 --jobs 2
       robo-orchard-lab sweep experiment.yaml --space space.yaml --trials 40 --trainer.max_epoch 3
+      robo-orchard-lab sweep experiment.yaml --space space.yaml --trials 40 --submit --time 1h
 
     \b
     space.yaml:
@@ -129,6 +143,9 @@ def run(
     from robo_orchard_lab.search.sweep import Sweep
 
     config = experiment.load(file)
+    cluster = _cluster(config, processes, options) if is_submitted else None
+    if cluster is None and options["time_limit"] is not None:
+        raise CommandError("--time is the limit of a job", "pass --submit to train in jobs")
     space = SweepSpace.read(space_file)
     _check_fields(file, experiment, space)
     if folder is None:
@@ -138,9 +155,11 @@ def run(
         *(file, space, folder),
         storage=storage or "",
         study=study or "",
-        arguments=[*_trial_arguments(experiment)],
+        arguments=[f"--{dotted(each.path)}={each.text}" for each in experiment.overrides],
+        trust=experiment.trust,
         processes=processes,
         document=document,
+        cluster=cluster,
         report=lambda line: note(one_line(line)),
     )
     try:
@@ -197,10 +216,15 @@ def _check_fields(file: Path, experiment: ExperimentArguments, space: SweepSpace
             raise CommandError(f"parameters.{name}: {error}") from error
 
 
-def _trial_arguments(experiment: ExperimentArguments) -> list[str]:
-    """Return the command line's trust and fields, for the command of a trial."""
-    arguments = [part for package in experiment.trust for part in ("--trust", package)]
-    return arguments + [f"--{dotted(each.path)}={each.text}" for each in experiment.overrides]
+def _cluster(config: ExperimentConfig, processes: int, options: dict[str, Any]) -> ClusterSettings:
+    """Return the settings of the jobs of trials, after the checks of `submit`."""
+    from robo_orchard_lab.cluster.submission import check_experiment, require_submitit
+
+    require_submitit()
+    if processes != 1:
+        raise CommandError("--processes is for runs without jobs", "pass --processes-per-node")
+    check_experiment(config)
+    return cluster_settings(**options)
 
 
 def _print_results(
