@@ -63,8 +63,8 @@ def list_(path: str, as_json: bool) -> None:
     the first weight or optimizer state with a NaN or infinity, or the losses since the last save.
     """
     from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
-    from robo_orchard_lab.pipeline.checkpoint import ReadLimits
     from robo_orchard_lab.pipeline.checkpoint.listing import RootListing, read_contents
+    from robo_orchard_lab.pipeline.checkpoint.manifest import ReadLimits
     from robo_orchard_lab.pipeline.errors import CheckpointError
 
     root = find_checkpoints(path).root
