@@ -234,7 +234,8 @@ class LoaderConfig(Config):
         default=None, ge=1, description="Batches that each worker prefetches."
     )
     persistent_workers: Annotated[bool, HARMLESS] = Field(
-        default=False, description="Keep workers alive between epochs."
+        default=False,
+        description="Keep workers alive between epochs; they load the next epoch ahead.",
     )
 
     def __post_init__(self) -> None:

@@ -5,7 +5,8 @@
 - ``stream_data``: iterable datasets, lists and custom loaders
 - ``order``: :class:`DataOrder`; indices of an epoch and their split into steps and processes
 - ``loader``: the user's loader, without Accelerate's wrappers, and its shard
-- ``fetching``: loading of a batch, and worker processes
+- ``fetching``: loading of a batch, and start of worker processes
+- ``worker_batches``, ``slots``: batches from workers, loaded ahead and sent in shared memory
 - ``evaluation_loader``: batches of an evaluation, divided among the ranks
 - ``rng``: seeds, RNG isolation, and generators that datasets hold
 """

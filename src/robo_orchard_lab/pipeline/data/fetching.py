@@ -12,6 +12,7 @@ import multiprocessing
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -29,6 +30,7 @@ from torch.utils.data import (
 )
 
 from robo_orchard_lab.pipeline.data import rng
+from robo_orchard_lab.pipeline.data.slots import PackedBatches, Slot, SlotWriter
 
 
 class Task(NamedTuple):
@@ -45,8 +47,27 @@ class Task(NamedTuple):
     """Seed of each sample with ``keyed_by="sample"``."""
 
 
+class TaskGroup(NamedTuple):
+    """Request to a worker to load some batches."""
+
+    tasks: list[Task]
+    slot: Slot
+
+
+class LoadedGroup(NamedTuple):
+    """Result of a :class:`TaskGroup`."""
+
+    packed: PackedBatches
+    failed: tuple[Task, str] | None
+    """Task after the batches that failed, and the traceback."""
+    seconds: float
+    """Time to load a batch."""
+
+
 class Fetcher(Dataset[Any]):
     """Dataset of batches, indexed by :class:`Task`, from the user's dataset and ``collate_fn``.
+
+    Indexed by :class:`TaskGroup`, it returns a :class:`LoadedGroup`.
 
     In the training process, the RNGs and the dataset's generators are restored afterwards. A task
     has a list of indices, one for each sample, if ``batched``.
@@ -59,11 +80,14 @@ class Fetcher(Dataset[Any]):
         self.epoch_id: int | None = None
         """Epoch of the dataset's last ``set_epoch``."""
         self._isolation = rng.RngIsolation()
+        self._slots = SlotWriter()
         self._searched_epoch: int | None = None
         self._generators: dict[str, rng.RandomGenerator] = {}
         """Generators of the dataset and of ``collate_fn``, found at the first task of an epoch."""
 
-    def __getitem__(self, task: Task) -> Any:
+    def __getitem__(self, task: Task | TaskGroup) -> Any:
+        if isinstance(task, TaskGroup):
+            return self._load_group(task)
         in_worker = get_worker_info() is not None
         if not in_worker and task.seed is None:
             return self._load(task)
@@ -79,6 +103,21 @@ class Fetcher(Dataset[Any]):
                 return self._load(task)
             finally:
                 rng.set_generator_states(self._generators, states)
+
+    def _load_group(self, group: TaskGroup) -> LoadedGroup:
+        batches: list[Any] = []
+        failed = None
+        began_at = time.perf_counter()
+        for task in group.tasks:
+            try:
+                batches.append(self[task])
+            except Exception:
+                if not batches:
+                    raise
+                failed = task, traceback.format_exc()
+                break
+        seconds = (time.perf_counter() - began_at) / len(batches)
+        return LoadedGroup(self._slots.pack(batches, group.slot), failed, seconds)
 
     def _load(self, task: Task) -> Any:
         dataset, indices = self.dataset, task.indices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,13 +20,10 @@ from robo_orchard_lab.pipeline.data.epoch_batches import (
 )
 from robo_orchard_lab.pipeline.data.fetching import (
     Fetcher,
-    IgnoreSignals,
     Task,
-    identity,
     is_deterministic,
-    worker_startup,
 )
-from robo_orchard_lab.pipeline.data.loader import BatchShard, batches_of, copy_loader, set_epoch_of
+from robo_orchard_lab.pipeline.data.loader import BatchShard, batches_of, set_epoch_of
 from robo_orchard_lab.pipeline.data.order import (
     DataOrder,
     StepPartition,
@@ -33,6 +31,7 @@ from robo_orchard_lab.pipeline.data.order import (
     is_builtin,
     sampler_order,
 )
+from robo_orchard_lab.pipeline.data.worker_batches import WorkerBatches
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.job_log import job_logger
@@ -74,6 +73,7 @@ class MapData:
         """True if a batch has an index for each sample; False for one index of a complete batch."""
         self._sampler = self._batch_source.sampler if self._has_torch_batches else None
         """Sampler of single samples; None if a custom batch sampler makes the batches."""
+        self._index_source = self._batch_source if self._sampler is None else self._sampler
         self._generators = rng.loader_generators(loader)
         self._sampler_state = SamplerState(loader)
         methods = hasattr(loader.dataset, "state_dict"), hasattr(loader.dataset, "load_state_dict")
@@ -85,20 +85,9 @@ class MapData:
             loader.dataset, loader.collate_fn
         )
         self._fetcher = Fetcher(loader.dataset, loader.collate_fn, self._batched)
-        self._tasks = _TaskSampler()
-        self._worker_generator = torch.Generator()
-        self._loader: DataLoader[Any] | None = None  # with tasks in place of indices
+        self._workers: WorkerBatches | None = None
         if loader.num_workers > 0 or loader.pin_memory:
-            self._loader = copy_loader(
-                loader,
-                dataset=self._fetcher,
-                batch_size=None,
-                sampler=self._tasks,
-                collate_fn=identity,
-                worker_init_fn=IgnoreSignals(loader.worker_init_fn),
-                generator=self._worker_generator,
-                in_order=True,
-            )
+            self._workers = WorkerBatches(loader, self._fetcher)
         self._batches: EpochBatches | None = None
         self._epoch_id: int | None = None
         self._epoch_start: Mapping[str, Any] | None = None
@@ -108,8 +97,10 @@ class MapData:
         self._loaded: Mapping[str, Any] | None = None
         """State that the next epoch resumes from."""
 
-    def epoch(self, seed: int, epoch_id: int, step_id: int) -> Iterator[Any]:
-        """Iterate over the batches of an epoch from a step on."""
+    def epoch(
+        self, seed: int, epoch_id: int, step_id: int, last_epoch: int | None = None
+    ) -> Iterator[Any]:
+        """Iterate over the batches of an epoch from a step on; load none after ``last_epoch``."""
         loaded, self._loaded = self._loaded, None
         self._epoch_start = self._source_state()  # first: set_epoch may draw random numbers
         set_epoch_of(self._user, epoch_id)
@@ -119,13 +110,31 @@ class MapData:
         self._epoch_description = self._description()
         self._batches = self._epoch_batches(seed, epoch_id, loaded if step_id > 0 else None)
         tasks = self._epoch_tasks(self._batches, seed, epoch_id, step_id)
-        if self._loader is None:
+        if self._workers is None:
             return map(self._fetcher.__getitem__, tasks)
-        self._tasks.current = tasks
-        self._fetcher.epoch_id = epoch_id  # workers get a dataset whose epoch is set
-        self._worker_generator.manual_seed(rng.epoch_seed(seed, epoch_id, rng.RngStream.WORKERS))
-        with worker_startup():
-            return iter(self._loader)
+        count = None
+        if isinstance(self._batches, IndexedBatches):
+            count = self._batches.steps - step_id
+        worker_seed = rng.epoch_seed(seed, epoch_id, rng.RngStream.WORKERS)
+        # A proxy, since the workers' loader must not be deleted in a reference cycle.
+        later = MapData._later_tasks(weakref.proxy(self), seed, epoch_id + 1, last_epoch)
+        return self._workers.epoch(epoch_id, worker_seed, tasks, count, later)
+
+    def _later_tasks(self, seed: int, epoch_id: int, last_epoch: int | None) -> Iterator[Task]:
+        """Yield the tasks of later epochs, if neither a generator nor the dataset changes them."""
+        sampler, dataset = self._index_source, self._user.dataset
+        is_known = (
+            is_builtin(sampler)
+            and not self._has_custom_batches
+            and getattr(sampler, "generator", None) is self._user.generator is None
+            and not hasattr(dataset, "set_epoch")
+            and self._stateful is None
+        )
+        while is_known and (last_epoch is None or epoch_id <= last_epoch):
+            batches = self._indexed_batches(seed, epoch_id)
+            yield from self._epoch_tasks(batches, seed, epoch_id, 0)
+            is_known = bool(batches.steps)
+            epoch_id += 1
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -253,11 +262,10 @@ class MapData:
                 )
 
     def _description(self) -> dict[str, Any]:
-        sampler = self._batch_source if self._sampler is None else self._sampler
         return {
-            "sampler": type(sampler).__qualname__,
+            "sampler": type(self._index_source).__qualname__,
             "dataset_length": count_batches(self._user.dataset),
-            "sampler_length": count_batches(sampler),
+            "sampler_length": count_batches(self._index_source),
             "samples_per_step": None
             if self._has_custom_batches
             else self._partition().samples_per_step,
@@ -283,12 +291,16 @@ class MapData:
         if self._user.generator is not None:
             # A plain loader draws the seed of its workers first, even without workers.
             torch.empty((), dtype=torch.int64).random_(generator=self._user.generator)
-        sampler = self._batch_source if self._sampler is None else self._sampler
-        partition = self._partition()
-        if self._has_custom_batches or not is_builtin(sampler):
+        if self._has_custom_batches or not is_builtin(self._index_source):
             return self._iterated_batches(rng.epoch_seed(seed, epoch_id, rng.RngStream.ORDER))
+        return self._indexed_batches(seed, epoch_id, loaded)
+
+    def _indexed_batches(
+        self, seed: int, epoch_id: int, loaded: Mapping[str, Any] | None = None
+    ) -> IndexedBatches:
+        partition = self._partition()
         order_seed = rng.epoch_seed(seed, epoch_id, rng.RngStream.ORDER)
-        order = sampler_order(sampler, torch.Generator().manual_seed(order_seed))
+        order = sampler_order(self._index_source, torch.Generator().manual_seed(order_seed))
         first_step = first_sample = 0
         if loaded is not None:
             first_step, first_sample = self._progress.step_id, loaded["samples"]
@@ -337,16 +349,6 @@ class MapData:
             )
             for batch_id, numbers, indices, _ in following
         )
-
-
-class _TaskSampler:
-    """Sampler of one epoch's tasks."""
-
-    def __init__(self) -> None:
-        self.current: Iterator[Task] = iter(())
-
-    def __iter__(self) -> Iterator[Task]:
-        return self.current
 
 
 def _check_batches(state: Mapping[str, Any]) -> None:

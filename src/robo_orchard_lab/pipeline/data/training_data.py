@@ -96,11 +96,16 @@ class TrainingData:
                 loader, order, shard, progress, self.num_processes, counter or count_samples
             )
 
-    def epoch(self, epoch_id: int, step_id: int = 0) -> Iterator[Any]:
+    def epoch(
+        self, epoch_id: int, step_id: int = 0, *, last_epoch: int | None = None
+    ) -> Iterator[Any]:
         """Iterate over this process's batches of an epoch, from a step on.
 
-        Calls ``set_epoch`` of samplers and datasets first.
+        Calls ``set_epoch`` of samplers and datasets first. Persistent workers load the first
+        batches of later epochs ahead, up to ``last_epoch`` if given.
         """
+        if isinstance(self._source, MapData):
+            return self._source.epoch(self.seed, epoch_id, step_id, last_epoch)
         return self._source.epoch(self.seed, epoch_id, step_id)
 
     @property

@@ -619,10 +619,12 @@ class HookBasedTrainer(EvaluationMethods):
         length = self._run.steps_per_epoch
         limit = None if max_step is None else max_step - progress.global_step_id + done
         over = False
+        max_epoch = self.limits.max_epoch
+        last_epoch = None if max_epoch is None else max_epoch - 1
         self._snapshots.rank_states.restore_rng()
         # No variable keeps the iterator: an error would keep the loader's workers with it.
         for batch, ends_window, divisor in self._windows.micro_batches(
-            self._data.epoch(progress.epoch_id, done),
+            self._data.epoch(progress.epoch_id, done, last_epoch=last_epoch),
             self._data.step_sizes,
             done,
             limit=None if limit == length else limit,
