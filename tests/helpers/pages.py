@@ -33,7 +33,6 @@ import threading
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 
 import pyte
@@ -118,7 +117,7 @@ UNCHECKED = {"command_line", "data_order", "experiments", "fine_tuning", "hooks"
 UNCHECKED |= {"migrate_lightning", "migrate_mmengine", "migrate_plain_loop"}
 UNCHECKED |= {"migrate_accelerate", "migrate_robo_orchard_lab", "migrate_transformers"}
 UNCHECKED |= {"processes", "profiling", "report", "resume", "robot_data", "robot_learning"}
-UNCHECKED |= {"rollouts", "search", "sharding"}
+UNCHECKED |= {"rollouts", "sharding"}
 """Pages whose blocks do not run as they are, with tests of their own."""
 
 
@@ -145,7 +144,7 @@ class Page:
         torch.manual_seed(_FIRST_SEED)
         blocks = [*_BLOCK.finditer(self.text)]
         with _main_module() as names, contextlib.chdir(self.folder):
-            for block, following in zip_longest(blocks, blocks[1:]):
+            for block, following in zip(blocks, [*blocks[1:], None], strict=True):
                 line = self.text.count("\n", 0, block.start()) + 1
                 if name := _FILE.match(block[3]):
                     target = self.folder / name[1]
