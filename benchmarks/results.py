@@ -46,6 +46,7 @@ def keep(reports: Sequence[Report]) -> None:
     ordered = {name: kept[name] for name in BENCHMARKS if name in kept}
     KEPT.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(_measured(ordered), _remarks(REMARKS)), encoding="utf-8")
+    print("to draw the charts of the documents again: python -m benchmarks.charts")
 
 
 def page(measured: Mapping[str, Measured], remarks: Mapping[str, Mapping[str, str]]) -> str:

@@ -29,6 +29,7 @@ LAYERS = [
     "robo_orchard_lab.policy",
     "robo_orchard_lab.report",
     "robo_orchard_lab.cluster",
+    "robo_orchard_lab.sharing",
     "robo_orchard_lab.search",
     "robo_orchard_lab.testing",
     "robo_orchard_lab.cli",

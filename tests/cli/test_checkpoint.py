@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tests.cli.running import START, run, run_in_terminal
+from tests.cli.spirals import EXPERIMENT
 
 from robo_orchard_lab.cli.commands.checkpoint import checkpoint as group
 from robo_orchard_lab.cli.main import main
+from robo_orchard_lab.pipeline import SimpleBatchProcessor
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, FiniteCheck, Retention
 from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
 from tiny import make_trainer
+
+
+class Nothing(SimpleBatchProcessor):
+    """Loss that changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(need_backward=True)
+
+    def forward(self, model: Any, batch: Any) -> tuple[None, torch.Tensor]:
+        return None, 0 * sum(parameter.sum() for parameter in model.parameters())
+
 
 SUBCOMMANDS = ["list", "show", "verify", "export", "prune"]
 
@@ -153,6 +170,77 @@ def test_export_writes_plain_safetensors(kept: Path, capsys: pytest.CaptureFixtu
             main(["checkpoint", "export", str(path), "other.safetensors", "--force", *options]) == 0
         )
         assert load_file("other.safetensors")["weight"].eq(step).all()
+
+
+def test_export_writes_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder has the plain weights and a card with results and license; a card needs a folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "spirals.yaml").write_text(EXPERIMENT)
+    assert main(["train", "spirals.yaml"]) == 0
+    command = ["checkpoint", "export", "runs/spirals", "out", "--license", "mit", "--tag", "toy"]
+    assert main(command) == 0
+    assert "wrote the model of runs/spirals/checkpoints/step_00000030 to out" in (
+        capsys.readouterr().out
+    )
+    saved = load_file("runs/spirals/checkpoints/last/model.safetensors")
+    exported = load_file("out/model.safetensors")
+    assert exported.keys() == saved.keys()
+    assert all(torch.equal(exported[name], saved[name]) for name in saved)
+    card = ModelCard.load(Path("out/README.md"))
+    assert (card.data.license, card.data.model_name) == ("mit", "spirals")
+    assert card.data.eval_results[0].metric_name == "loss"
+    assert "samples.MLP` with " in card.text
+    assert main(command) == 2
+    assert "out already exists" in capsys.readouterr().err
+    Path("out/mine.txt").write_text("mine")
+    assert main([*command, "--force", "--name", "other", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["folder"] == "out"
+    assert sorted(os.listdir("out")) == ["README.md", "mine.txt", "model.safetensors"]
+    assert main(["checkpoint", "export", "runs/spirals", "w.safetensors", "--license", "mit"]) == 2
+    assert "w.safetensors has no model card" in capsys.readouterr().err
+    assert main(["checkpoint", "export", "runs/spirals", "new", "--license", "M I T"]) == 2
+    assert "license: expected an identifier such as apache-2.0" in capsys.readouterr().err
+    assert not os.path.exists("new")
+
+
+MODEL = """
+import transformers
+
+
+def make() -> transformers.PreTrainedModel:
+    config = transformers.GPT2Config(
+        n_embd=8, n_layer=1, n_head=2, vocab_size=7, n_positions=4, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config)
+"""
+
+
+def test_export_uses_save_pretrained_of_a_trusted_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of a user is built with --trust only, and from_pretrained reads the folder."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_gpt.py").write_text(MODEL)
+    model = sys.modules.get("my_gpt") or importlib.import_module("my_gpt")
+    trained = model.make()
+    make_trainer(
+        SaveCheckpointConfig(), model=trained, batch_processor=Nothing(), max_step=1, run_folder="r"
+    )()
+    config = EXPERIMENT.replace(
+        "model: {class_type: MLP, inputs: 2, hidden: [8], outputs: 3}",
+        "model: {func: 'my_gpt:make'}",
+    )
+    Path("r/config.yaml").write_text(config)
+    Path("r/starts").mkdir()
+    assert main(["checkpoint", "export", "r", "out"]) == 2
+    assert "my_gpt" in capsys.readouterr().err
+    assert main(["checkpoint", "export", "r", "out", "--trust", "my_gpt"]) == 0
+    loaded = transformers.GPT2LMHeadModel.from_pretrained("out").state_dict()
+    assert all(torch.equal(loaded[n], value) for n, value in trained.state_dict().items())
 
 
 def test_poisoned_checkpoints_are_named_and_skipped(

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SLOW = {"search"}
 PAGES = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
-    for path in sorted(ROOT.glob("docs/*/*.md"))
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*/*.md"))]
     if path.stem not in UNCHECKED
 ]
 

@@ -1,4 +1,4 @@
-"""The README's quick start works as printed."""
+"""The quick start of the page on the command line works as printed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from robo_orchard_lab.experiment import ExperimentConfig
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTION = (ROOT / "README.md").read_text("utf-8").split("## Quick start\n")[1].split("\n## ")[0]
+PAGE = (ROOT / "docs/how_to/command_line.md").read_text("utf-8")
+SECTION = PAGE.split("## Train, interrupt, resume\n")[1].split("\n## ")[0]
 INTERRUPTED = "# press Ctrl-C"
 LONGEST_S = 240
 

@@ -33,6 +33,7 @@ import threading
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import pyte
@@ -144,7 +145,7 @@ class Page:
         torch.manual_seed(_FIRST_SEED)
         blocks = [*_BLOCK.finditer(self.text)]
         with _main_module() as names, contextlib.chdir(self.folder):
-            for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            for block, following in zip_longest(blocks, blocks[1:]):
                 line = self.text.count("\n", 0, block.start()) + 1
                 if name := _FILE.match(block[3]):
                     target = self.folder / name[1]

@@ -53,6 +53,7 @@ COMMANDS = {
             "List, show, verify, export and prune checkpoints.",
             f"{_COMMANDS}.checkpoint:checkpoint",
         ),
+        "hub": ("Push runs to the Hugging Face Hub, pull them.", f"{_COMMANDS}.hub:hub"),
     },
     "Experiment files": {
         "config": ("Create, check, show and compare files.", f"{_COMMANDS}.config:config"),

@@ -60,13 +60,13 @@ from robo_orchard_lab.experiment.run_checkpoints import list_checkpoints
 from robo_orchard_lab.experiment.run_plan import count_lr_scheduler_steps
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.batch_processor import BatchProcessor
+from robo_orchard_lab.pipeline.checkpoint.manifest import CHECKPOINTS_FOLDER
 from robo_orchard_lab.pipeline.data import DataOrder
 from robo_orchard_lab.pipeline.distributed.failure_watch import fail_together
 from robo_orchard_lab.pipeline.errors import StateError
 from robo_orchard_lab.pipeline.gradient_checkpointing import enable_gradient_checkpointing
 from robo_orchard_lab.pipeline.hook_set import HookLike
 from robo_orchard_lab.pipeline.hooks import SaveCheckpoint, ValidationHookConfig
-from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER
 from robo_orchard_lab.pipeline.media import flatten
 from robo_orchard_lab.pipeline.pipeline_run import Locate
 from robo_orchard_lab.pipeline.progress import TrainerLimits

@@ -18,8 +18,8 @@ from robo_orchard_lab.experiment.parts import ResumeEffect
 from robo_orchard_lab.experiment.resume_diff import Difference, differences
 from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints, list_checkpoints
 from robo_orchard_lab.experiment.run_folder import NoRunError, record_start, run_config_file
+from robo_orchard_lab.pipeline.checkpoint.manifest import CHECKPOINTS_FOLDER
 from robo_orchard_lab.pipeline.errors import StateError
-from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.run.durable import set_aside
 from robo_orchard_lab.pipeline.run.run_state import RunState, read_run_state

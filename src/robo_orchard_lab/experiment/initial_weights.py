@@ -31,6 +31,8 @@ from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 from robo_orchard_lab.pipeline.hooks.ema import averaged_weights
 from robo_orchard_lab.pipeline.job_log import announce, job_logger
 from robo_orchard_lab.pipeline.model import plain_name
+from robo_orchard_lab.pipeline.pretrained_folder import MODEL_FOLDER
+from robo_orchard_lab.pipeline.pretrained_folder import WEIGHTS_FILE as _FILE
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded
 from robo_orchard_lab.pipeline.sharding import shard_like
 from robo_orchard_lab.pipeline.trainer.rank_state import check_tensors
@@ -41,7 +43,6 @@ OnMismatch: TypeAlias = Literal["skip", "overlap", "interpolate"]
 """Rule for weights of another shape: leave the model's; copy the common leading part; or
 interpolate linearly along the axes that differ."""
 
-_FILE = "model.safetensors"
 _INDEX = ".index.json"
 _SHOWN = 4  # names in a row of the report
 _LISTED = 10  # entries in an error
@@ -197,6 +198,18 @@ class SavedWeights:
         state = {entries.get(name, name): value for name, value in self.weights.items()}
         check_tensors(f"{self.path} has the weights of another model", live, state)
         model.load_state_dict(state)
+
+
+def exported_weights(run_folder: Path) -> SavedWeights | None:
+    """Read the weights of a run's exported model, as of a run without checkpoints, or None.
+
+    The model is in ``pretrained_model/``, or, in a run pulled from the Hub, in the run folder.
+
+    Raises:
+        CheckpointError: The file can't be read.
+    """
+    files = (run_folder / _FILE, run_folder / MODEL_FOLDER / _FILE)
+    return next((SavedWeights.from_file(file) for file in files if file.is_file()), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.resources import files as resources
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -157,6 +159,25 @@ def hook_names() -> list[str]:
     ]
 
 
+def hook_summaries() -> dict[str, str]:
+    """Return the first sentence of each built-in hook's docstring; no hook is imported.
+
+    >>> hook_summaries()["EMA"]
+    'Exponential moving average of the weights, updated after each committed update.'
+    """
+    classes: dict[str, dict[str, ast.ClassDef]] = {}
+    found = {}
+    for name in hook_names():
+        module, qualname = split_reference(definition_of(name))
+        if module not in classes:
+            package, *parts = module.split(".")
+            source = resources(package).joinpath(*parts[:-1], f"{parts[-1]}.py").read_text("utf-8")
+            nodes = ast.parse(source).body
+            classes[module] = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+        found[name] = _sentences(ast.get_docstring(classes[module][qualname]))[0]
+    return found
+
+
 def hook(name: str, trust: Trust | None = None) -> HookInfo:
     """Describe a hook.
 
@@ -182,8 +203,7 @@ def hook(name: str, trust: Trust | None = None) -> HookInfo:
     found: Any = resolve(reference, trust)
     if not (isinstance(found, type) and issubclass(found, PipelineHooks)):
         raise ConfigReferenceError(f"expected a subclass of PipelineHooks, found {name!r}")
-    text = _ROLE.sub(r"`\1`", inspect.getdoc(found) or "").replace("``", "`")
-    first, *parts = text.split("\n\n")
+    summary, *parts = _sentences(inspect.getdoc(found))
     example: dict[str, Plain] = {"class_type": name, **EXAMPLES.get(name, {})}
     channels, effects = None, list[str]()
     with suppress(Exception):  # the constructor decides which error
@@ -194,13 +214,19 @@ def hook(name: str, trust: Trust | None = None) -> HookInfo:
     return HookInfo(
         name,
         reference,
-        summary=" ".join(first.split()),
+        summary=summary,
         description="\n\n".join(p for p in parts if not p.startswith(_FOR_CODE)).strip(),
         fields=tuple(fields_of(config_class_of(found))),
         channels=channels,
         effects=tuple(effects),
         example=example,
     )
+
+
+def _sentences(docstring: str | None) -> list[str]:
+    """Return the summary of a docstring in one line, and its further paragraphs."""
+    first, *parts = _ROLE.sub(r"`\1`", docstring or "").replace("``", "`").split("\n\n")
+    return [" ".join(first.split()), *parts]
 
 
 class _Holder(Config):

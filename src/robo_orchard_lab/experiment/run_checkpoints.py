@@ -7,25 +7,27 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from robo_orchard_core.utils.config.errors import ConfigError, ConfigFieldError, describe
 from robo_orchard_lab.experiment.document import read_with_bases
 from robo_orchard_lab.experiment.run_folder import NoRunError, find_run, run_config_file
-from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, ReadLimits, Retention
 from robo_orchard_lab.pipeline.checkpoint.listing import Listing, RootListing
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
     BEST,
+    CHECKPOINTS_FOLDER,
     LAST,
     LOCK,
     MANIFEST_FILE,
+    ReadLimits,
     step_from_name,
 )
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
-from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER
 from robo_orchard_lab.pipeline.job_log import job_logger
 from robo_orchard_lab.pipeline.run.run_path import check_run_path
-from robo_orchard_lab.pipeline.run.run_state import read_run_state
+
+if TYPE_CHECKING:  # with torch
+    from robo_orchard_lab.pipeline.checkpoint import Retention
 
 logger = job_logger(__name__)
 
@@ -46,6 +48,8 @@ class RunCheckpoints:
 
     def retention(self, **changes: Any) -> Retention:
         """Return the retention policy of the run, with changes."""
+        from robo_orchard_lab.pipeline.checkpoint import Retention
+
         names = ("keep_last", "keep_every", "keep_best", "monitor", "mode")
         own = {name: self.policy[name] for name in names if self.policy.get(name) is not None}
         return Retention(**{**own, **changes})
@@ -73,6 +77,8 @@ class RunCheckpoints:
             ConfigError: The best is wanted of one checkpoint.
             CheckpointError: There is no intact checkpoint, or the best one is damaged.
         """
+        from robo_orchard_lab.pipeline.checkpoint import CheckpointStore
+
         if best:
             self.check_best()
         if self.chosen is not None:
@@ -159,6 +165,8 @@ def _root_of_script(folder: Path) -> Path | None:
     if roots:
         names = ", ".join(map(str, roots))
         raise NoRunError(f"expected one folder of checkpoints in {folder}, found {names}; name one")
+    from robo_orchard_lab.pipeline.run.run_state import read_run_state  # imports torch
+
     with suppress(FileNotFoundError, StateError):
         saved = read_run_state(folder).checkpoint
         where = f"there are none in {folder}"

@@ -10,8 +10,6 @@ from collections.abc import MutableMapping
 from contextlib import suppress
 from typing import Any
 
-import torch.distributed
-
 ROUTINE = {"is_routine": True}
 """``extra`` of a record that repeats what a terminal shows anyway, such as of a save. Commands show
 such records in a log file, and in a terminal with ``--verbose``."""
@@ -84,7 +82,8 @@ def own_level(logger: logging.Logger | JobLogger) -> int:
 
 def is_first_rank() -> bool:
     """Return True on rank 0, from ``torch.distributed`` or the launcher's RANK and WORLD_SIZE."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
+    dist = sys.modules.get("torch.distributed")  # a process without it has no process group
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return bool(dist.get_rank() == 0)
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     return not several or os.environ.get("RANK", "0") == "0"

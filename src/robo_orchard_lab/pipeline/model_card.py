@@ -24,6 +24,7 @@ from robo_orchard_core.utils.shareable_text import shareable, shareable_text
 
 CARD_FILE = "README.md"
 PROJECT = "robo-orchard-hooks"
+_PROGRAM = "robo-orchard-lab"
 _MARK = (
     f"<!-- Written by {PROJECT}. Without this line, an export keeps this file as you edited it. -->"
 )
@@ -196,9 +197,15 @@ def _document(experiment: str) -> Mapping[str, Any]:
 def _data(facts: ModelFacts, document: Mapping[str, Any]) -> Iterator[str]:
     configuration = facts.about.get("configuration")
     if isinstance(data := document.get("data"), dict):
-        yield f"## Data\n\n{_fenced(write_yaml({'data': data}), 'yaml')}"
+        yield f"## Data\n\n{_fenced(write_yaml({'data': _without_nulls(data)}), 'yaml')}"
     elif isinstance(configuration, Mapping) and configuration.get("dataloader"):
         yield f"## Data\n\nFrom a `{_line(configuration['dataloader'])}`."
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return value
 
 
 def _training(facts: ModelFacts) -> Iterator[str]:
@@ -220,7 +227,8 @@ def _training(facts: ModelFacts) -> Iterator[str]:
     if configuration:
         if len(configuration) > _MAX_CONFIGURATION:
             configuration = configuration[:_MAX_CONFIGURATION] + "\n... cut\n"
-        lines += ["### Configuration", _fenced(configuration, kind)]
+        block = _fenced(configuration, kind)
+        lines.append(f"<details>\n<summary>Configuration</summary>\n\n{block}\n\n</details>")
     if lines:
         yield "\n\n".join(["## Training", *lines])
 
@@ -230,6 +238,8 @@ def shareable_command(command: str) -> str:
 
     >>> shareable_command("/home/anna/env/bin/python train.py --data /home/anna/robots")
     'python train.py --data ~/robots'
+    >>> shareable_command("/usr/bin/python3 /opt/env/bin/robo-orchard-lab train digits.yaml")
+    'robo-orchard-lab train digits.yaml'
     """
     try:
         words = shlex.split(command)
@@ -237,8 +247,12 @@ def shareable_command(command: str) -> str:
         words = command.split()
     inside = os.getcwd() + os.sep
     words = [word.replace(inside, "") for word in words]
-    if words:
-        words[0] = words[0].replace("\\", "/").rpartition("/")[2]
+    # The program, and an installed script that Python runs.
+    for index in range(min(2, len(words))):
+        if index == 0 or re.match(r"/|[A-Za-z]:\\", words[index]):
+            words[index] = words[index].replace("\\", "/").rpartition("/")[2]
+    if len(words) > 1 and words[0].startswith("python") and words[1] == _PROGRAM:
+        del words[0]
     return shareable_text(shlex.join(words))
 
 

@@ -22,7 +22,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError, check_state_version
-from robo_orchard_lab.pipeline.state_schema import MAX_COUNT
+
+MAX_COUNT = 2**53
+"""Largest counter: a step every microsecond for 285 years, and exact as a float."""
 
 ChannelName: TypeAlias = Literal[
     "on_loop",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from types import NoneType
 from typing import Annotated, Any, TypeAlias
 
@@ -12,9 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from robo_orchard_lab.pipeline.errors import StateError, check_state_version
-
-MAX_COUNT = 2**53
-"""Largest counter: a step every microsecond for 285 years, and exact as a float."""
+from robo_orchard_lab.pipeline.progress import MAX_COUNT
 
 
 def _scalar(value: torch.Tensor) -> torch.Tensor:
@@ -60,23 +59,33 @@ equal to 0, found -1
             fields["version"] = Count
         self.names = tuple(fields)
         """Names of all entries."""
+        self._fields, self._optional, self._then = fields, optional, then
+
+    @cached_property
+    def type(self) -> Any:
+        """Type of a nested state, for the fields of another schema; made on first use."""
         # Aliases, since names such as `copy` are methods of a model.
         given: dict[str, Any] = {
-            f"field_{name}": (kind, Field(None if name in optional else ..., alias=name))
-            for name, kind in fields.items()
+            f"field_{name}": (kind, Field(None if name in self._optional else ..., alias=name))
+            for name, kind in self._fields.items()
         }
-        config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
-        self._model: type[BaseModel] = create_model("State", __config__=config, **given)
-        self.type: Any = Annotated[self._model, Field(strict=False)]  # accepts a mapping
-        """Type of a nested state, for the fields of another schema."""
-        if then is not None:
+        config = ConfigDict(
+            extra="forbid", strict=True, arbitrary_types_allowed=True, defer_build=True
+        )
+        model: Any = create_model("State", __config__=config, **given)
+        found: Any = Annotated[model, Field(strict=False)]  # accepts a mapping
+        if (then := self._then) is not None:
 
             def check(state: BaseModel) -> BaseModel:
-                then({name: getattr(state, f"field_{name}") for name in fields})
+                then({name: getattr(state, f"field_{name}") for name in self._fields})
                 return state
 
-            self.type = Annotated[self.type, AfterValidator(check)]
-        self._whole: type[BaseModel] = create_model("Whole", state=(self.type, ...))
+            found = Annotated[found, AfterValidator(check)]
+        return found
+
+    @cached_property
+    def _whole(self) -> Any:
+        return create_model("Whole", state=(self.type, ...))
 
     def check(self, state: Any, owner: str) -> None:
         """Raise a ``StateError`` with the path of the first entry that does not fit."""

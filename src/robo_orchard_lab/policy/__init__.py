@@ -14,8 +14,9 @@
 Names are imported on first use: workers of rollouts import neither torch nor the trainer.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from robo_orchard_core.utils.lazy_exports import lazy_exports
 
 _MODULE_OF = {
     "ACT": "act",
@@ -58,10 +59,4 @@ if TYPE_CHECKING:
     from robo_orchard_lab.policy.rollouts import rollout as rollout
     from robo_orchard_lab.policy.samples import Reach as Reach
 else:
-
-    def __getattr__(name: str) -> object:
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-        globals()[name] = value  # later look-ups bypass this function
-        return value
+    __getattr__ = lazy_exports(__name__, _MODULE_OF)

@@ -26,7 +26,7 @@ from robo_orchard_lab.pipeline.checkpoint import (
 )
 from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import verify_checkpoint
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
-from robo_orchard_lab.pipeline.state_schema import MAX_COUNT
+from robo_orchard_lab.pipeline.progress import MAX_COUNT
 
 # Additional memory for reading: the limits' 16 MiB of tensors, and 25 times their 1 MiB of JSON.
 ROOM_BYTES = 256 << 20

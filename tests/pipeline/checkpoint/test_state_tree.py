@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 
 from robo_orchard_lab.pipeline.checkpoint import load_checkpoint, save_checkpoint
-from robo_orchard_lab.pipeline.checkpoint.state import decode_state, encode_state
+from robo_orchard_lab.pipeline.checkpoint.state_tree import decode_state, encode_state
 from robo_orchard_lab.pipeline.errors import StateError
 from state_trees import same, states
 

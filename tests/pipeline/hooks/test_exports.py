@@ -40,7 +40,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 def test_trainer_does_not_import_all_hooks() -> None:
     """Importing the trainer does not import unused hooks or rich."""
     program = (
-        "import sys, robo_orchard_lab.pipeline; "
+        "import sys; from robo_orchard_lab.pipeline import HookBasedTrainer; "
         "print([name for name in sys.modules if 'pipeline.hooks.' in name or name == 'rich'])"
     )
     loaded = subprocess.run(

@@ -21,7 +21,7 @@ from robo_orchard_lab.pipeline import (
     SimpleBatchProcessor,
 )
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, load_checkpoint
-from robo_orchard_lab.pipeline.checkpoint.state import encode_state
+from robo_orchard_lab.pipeline.checkpoint.state_tree import encode_state
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError, RunPreempted
 from robo_orchard_lab.pipeline.hooks import (
     EMAConfig,

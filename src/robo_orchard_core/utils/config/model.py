@@ -136,6 +136,8 @@ class ConfigModel(BaseModel):
         populate_by_name=True,
         # Training configs have fields such as `model_name`.
         protected_namespaces=(),
+        # Validators are built on first use: a program imports more configs than it uses.
+        defer_build=True,
     )
 
     is_sparse: ClassVar[bool] = False

@@ -33,6 +33,7 @@ from typing import (
 
 from pydantic import (
     BaseModel,
+    ConfigDict,
     GetCoreSchemaHandler,
     PydanticSchemaGenerationError,
     PydanticUserError,
@@ -388,8 +389,8 @@ _ANY_PART = Part(object, functions="call")
 Anything = Annotated[Any, _Anything()]
 Function = Annotated[Any, _Function()]
 _CONTAINERS: dict[type, TypeAdapter[Any]] = {
-    dict: TypeAdapter(dict[str, Anything]),
-    list: TypeAdapter(list[Anything]),
+    dict: TypeAdapter(dict[str, Anything], config=ConfigDict(defer_build=True)),
+    list: TypeAdapter(list[Anything], config=ConfigDict(defer_build=True)),
 }
 
 FIELD_TYPES: dict[str, Any] = {

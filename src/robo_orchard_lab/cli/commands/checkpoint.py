@@ -15,6 +15,7 @@ import click
 from robo_orchard_core.utils.logging import one_line
 from robo_orchard_lab.cli.commands import CommandGroup
 from robo_orchard_lab.cli.errors import CommandError, ExitCode, check_target
+from robo_orchard_lab.cli.experiment_arguments import trust_option
 from robo_orchard_lab.cli.output import (
     age_text,
     bytes_text,
@@ -26,6 +27,7 @@ from robo_orchard_lab.cli.output import (
     say,
     styled,
 )
+from robo_orchard_lab.cli.sharing import card_fields, card_options, export_folder
 
 if TYPE_CHECKING:
     from robo_orchard_lab.experiment.run_checkpoints import RunCheckpoints
@@ -63,8 +65,8 @@ def list_(path: str, as_json: bool) -> None:
     the first weight or optimizer state with a NaN or infinity, or the losses since the last save.
     """
     from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
-    from robo_orchard_lab.pipeline.checkpoint import ReadLimits
     from robo_orchard_lab.pipeline.checkpoint.listing import RootListing, read_contents
+    from robo_orchard_lab.pipeline.checkpoint.manifest import ReadLimits
     from robo_orchard_lab.pipeline.errors import CheckpointError
 
     root = find_checkpoints(path).root
@@ -221,30 +223,60 @@ def verify(path: str, as_json: bool) -> int:
 
 @checkpoint.command("export")
 @path_argument
-@click.argument("file", default="model.safetensors", type=click.Path())
+@click.argument("target", default="model.safetensors", type=click.Path())
 @best_option
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@card_options
+@click.option("--force", is_flag=True, help="Replace TARGET if it exists.")
+@trust_option
 @json_option
-def export(path: str, file: str, best: bool, force: bool, as_json: bool) -> None:
-    """Write the weights of a checkpoint to one safetensors file.
+def export(
+    path: str,
+    target: str,
+    best: bool,
+    force: bool,
+    trust: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write the model of a checkpoint to a folder, or its weights to one safetensors file.
 
-    PATH is a checkpoint, or the folder of a run, for its newest intact checkpoint. FILE is
+    \b
+      robo-orchard-lab checkpoint export runs/spirals weights.safetensors
+      robo-orchard-lab checkpoint export runs/spirals my_model --license apache-2.0
+
+    PATH is a checkpoint, or the folder of a run, for its newest intact checkpoint. TARGET is
     model.safetensors by default; `safetensors.torch.load_file` reads it, with the parameter names
-    of the plain model. Sharded weights are merged. `robo-orchard-lab export` writes the model.
+    of the plain model. Sharded weights are merged.
+
+    A folder has the weights, config.json, and the model card README.md. `from_pretrained` reads the
+    models of Transformers, Diffusers and LeRobot, `load_policy` a policy. The run's experiment file
+    builds the model; code of the file needs --trust. `robo-orchard-lab export` writes the model for
+    torch.export or ONNX Runtime.
     """
     from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
     from robo_orchard_lab.pipeline.checkpoint import export_weights
 
-    target = Path(file)
-    if target.suffix != ".safetensors":
-        raise CommandError(f"expected a name that ends in .safetensors, found {file!r}")
-    check_target(target, force=force)
+    file = Path(target)
+    is_folder = file.is_dir() or not file.suffix or target.endswith("/")
+    if not is_folder and file.suffix != ".safetensors":
+        raise CommandError(
+            f"expected a name that ends in .safetensors, or a folder, found {target!r}",
+            "end the name of a new folder with /",
+        )
+    card = card_fields(options)
+    if card and not is_folder:
+        raise CommandError(f"{target} has no model card", "name a folder")
+    is_empty = is_folder and file.is_dir() and not any(file.iterdir())
+    check_target(file, force=force or is_empty)
     found = find_checkpoints(path).pick(best=best)
-    export_weights(found, target)
-    if as_json:
-        print_json({"checkpoint": str(found), "file": str(target)})
+    if is_folder:
+        export_folder(path, found, file, card, trust)
     else:
-        say(f"wrote the weights of {found} to {target}")
+        export_weights(found, file)
+    if as_json:
+        print_json({"checkpoint": str(found), "folder" if is_folder else "file": str(file)})
+    else:
+        say(f"wrote the {'model' if is_folder else 'weights'} of {found} to {file}")
 
 
 @checkpoint.command("prune")

@@ -43,24 +43,24 @@ def hooks() -> None:
 def list_(as_json: bool) -> None:
     """List the built-in hooks with a description."""
     from robo_orchard_lab.experiment.inspection import hook as describe
-    from robo_orchard_lab.experiment.inspection import hook_names
+    from robo_orchard_lab.experiment.inspection import hook_summaries
 
-    found = [describe(name) for name in hook_names()]
-    if as_json:
-        print_json(
-            [
-                {
-                    "name": hook.name,
-                    "class": hook.reference,
-                    "summary": hook.summary,
-                    "channels": hook.channels,
-                    "fields": [field.path for field in hook.fields],
-                }
-                for hook in found
-            ]
-        )
+    found = hook_summaries()
+    if not as_json:
+        print_table(["hook", "does"], found.items())
         return
-    print_table(["hook", "does"], [(hook.name, hook.summary) for hook in found])
+    print_json(
+        [
+            {
+                "name": hook.name,
+                "class": hook.reference,
+                "summary": hook.summary,
+                "channels": hook.channels,
+                "fields": [field.path for field in hook.fields],
+            }
+            for hook in map(describe, found)  # imports the hooks
+        ]
+    )
 
 
 @hooks.command("show")

@@ -356,20 +356,24 @@ def _load_weights(
 ) -> tuple[ExperimentConfig, SavedWeights]:
     """Return the experiment and the weights of a run, or of the run of a file."""
     from robo_orchard_lab.experiment import evaluation
-    from robo_orchard_lab.experiment.initial_weights import SavedWeights
+    from robo_orchard_lab.experiment.initial_weights import SavedWeights, exported_weights
     from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
-    from robo_orchard_lab.experiment.run_folder import find_run
+    from robo_orchard_lab.experiment.run_folder import NoRunError, find_run
 
     path = Path(run_or_file)
     if path.suffix in FILE_SUFFIXES and path.is_file() and _run_folder_of(path) is None:
         config = experiment.load(path)
-        folder = config.folder()
-        checkpoints = find_checkpoints(folder)
+        path = folder = config.folder()
     else:
         found = find_run(path)
         folder = found.folder
         config = experiment.within(folder).load(found.config)
+    try:
         checkpoints = find_checkpoints(path)
+    except NoRunError:
+        if best or (exported := exported_weights(folder)) is None:
+            raise
+        return config, exported
     if best:
         return config, evaluation.best_weights(config, folder, checkpoints)
     return config, SavedWeights.from_checkpoint(checkpoints.pick())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from robo_orchard_lab.pipeline.checkpoint.directory import CheckpointFiles
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
     MANIFEST_FILE,
     CheckpointInfo,
@@ -15,7 +16,6 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import (
     ReadLimits,
     step_from_name,
 )
-from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint
 from robo_orchard_lab.pipeline.errors import CheckpointError
 
 _Stamp = tuple[int, int, int]
@@ -71,7 +71,7 @@ class RootListing:
             return known[1]
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link, expected a directory")
-        with OpenCheckpoint(path, self._limits) as opened:
+        with CheckpointFiles(path, self._limits) as opened:
             check_step(path, opened.manifest.step)
             info = opened.manifest.info(path)
         if stamp is not None:
@@ -115,7 +115,7 @@ class SavedFile:
     rank: int | None
     """Rank that wrote the file; None for a file of the job."""
     tensors: tuple[SavedTensor, ...] | None
-    """None for a JSON file."""
+    """None for a JSON file, and for files without their tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,26 +136,39 @@ def read_contents(
     Raises:
         CheckpointError: the checkpoint does not exist, or a file is missing or has another size.
     """
-    with OpenCheckpoint(path, limits or ReadLimits()) as opened:
+    limits = limits or ReadLimits()
+    with CheckpointFiles(path, limits) as opened:
         opened.check_sizes()
-        files = []
-        for name, entry in opened.manifest.files.items():
-            parsed = FileName.parse(name)
-            assert parsed is not None  # the manifest was checked
-            found = None
-            if tensors and not parsed.is_json:
-                found = tuple(
-                    SavedTensor(info.name, str(info.dtype).removeprefix("torch."), info.shape)
-                    for info in opened.layout(name).tensors
-                )
-            files.append(SavedFile(name, entry.size, parsed.part, parsed.rank, found))
-        return Contents(opened.manifest.info(opened.path), tuple(files), _progress(opened))
+        names = {name: FileName.parse(name) for name in opened.manifest.files}
+        found = _tensors(opened.path, limits) if tensors else {}
+        files = tuple(
+            SavedFile(
+                name, opened.manifest.files[name].size, parsed.part, parsed.rank, found.get(name)
+            )
+            for name, parsed in names.items()
+            if parsed is not None  # the manifest was checked
+        )
+        return Contents(opened.manifest.info(opened.path), files, _progress(opened))
 
 
-def _progress(opened: OpenCheckpoint) -> Mapping[str, Any]:
+def _tensors(path: Path, limits: ReadLimits) -> dict[str, tuple[SavedTensor, ...]]:
+    from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint  # imports torch
+
+    with OpenCheckpoint(path, limits) as opened:
+        return {
+            name: tuple(
+                SavedTensor(info.name, str(info.dtype).removeprefix("torch."), info.shape)
+                for info in opened.layout(name).tensors
+            )
+            for name in opened.manifest.files
+            if not name.endswith(".json")
+        }
+
+
+def _progress(opened: CheckpointFiles) -> Mapping[str, Any]:
     if "trainer.json" not in opened.manifest.files:
         return {}
-    trainer = opened.load(None, only="trainer").parts["trainer"]
+    trainer = opened.read_json("trainer.json")
     found = trainer.get("progress") if isinstance(trainer, Mapping) else None
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{opened.path} has no counters of a run in its trainer.json")

@@ -18,12 +18,14 @@ from typing import Any, Literal, TypeAlias, get_args
 import xxhash
 
 from robo_orchard_core.utils.strict_json import JsonError, parse_json
-from robo_orchard_lab.pipeline.checkpoint.state import decode_state, encode_state
+from robo_orchard_lab.pipeline.checkpoint.state_tree import decode_state, encode_state
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError, StateError
-from robo_orchard_lab.pipeline.state_schema import MAX_COUNT
+from robo_orchard_lab.pipeline.progress import MAX_COUNT
 
 # --- names in a store's root -----------------------------------------------------------------
 
+CHECKPOINTS_FOLDER = "checkpoints"
+"""Subfolder of a run's folder for checkpoints."""
 LOCK = ".lock"
 LAST = "last"
 BEST = "best"

@@ -1,18 +1,16 @@
 """Reading a checkpoint directory, possibly damaged or untrusted.
 
-:class:`CheckpointDir` opens files without following links; :class:`OpenCheckpoint` verifies and
-decodes the files. Every size is checked before memory is allocated, and every digest before a file
-is decoded. Verifying runs the same code, without keeping the tensors.
+:class:`OpenCheckpoint` verifies and decodes the files. Every size is checked before memory is
+allocated, and every digest before a file is decoded. Verifying runs the same code, without keeping
+the tensors.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,21 @@ from typing import Any
 import torch
 
 from robo_orchard_core.utils.strict_json import JsonError, json_values, parse_json
+from robo_orchard_lab.pipeline.checkpoint.directory import (
+    CheckpointDir,
+    CheckpointFiles,
+    check_digest,
+    closing_file,
+    data_and_holes,
+    refuse_sparse,
+)
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
-    MANIFEST_FILE,
-    FileEntry,
     FileName,
-    Manifest,
     ReadLimits,
     SavedState,
     check_sums,
     digest_of,
     new_digest,
-    parse_manifest,
 )
 from robo_orchard_lab.pipeline.checkpoint.shards import (
     SavedShard,
@@ -39,7 +41,7 @@ from robo_orchard_lab.pipeline.checkpoint.shards import (
     cut,
     shards_of,
 )
-from robo_orchard_lab.pipeline.checkpoint.state import decode_state
+from robo_orchard_lab.pipeline.checkpoint.state_tree import decode_state
 from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
     LENGTH_BYTES,
     FileLayout,
@@ -53,95 +55,10 @@ from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 _PIECE_BYTES = 1 << 26
 _READERS = 2
 _JSON_MEMORY = 12  # bytes of memory for a byte of JSON, at most
-_MAX_HOLE_BYTES = 1 << 26
-_MAX_HOLE_RATIO = 64  # beyond any compression of real tensors
 
 
-class CheckpointDir:
-    """Open directory; all files come from this directory, even if its path changes.
-
-    The path to the directory may contain links; links inside the directory are refused.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], limits: ReadLimits) -> None:
-        """Open the directory.
-
-        Raises:
-            CheckpointError: the directory does not exist, or its owner is not trusted.
-        """
-        try:
-            self.path = Path(path).resolve()
-        except (OSError, RuntimeError) as error:  # circular links
-            raise CheckpointError(f"{path} leads nowhere: {error}") from error
-        self._limits = limits
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            self._descriptor = os.open(self.path, flags)
-        except FileNotFoundError:
-            raise CheckpointError(f"there is no checkpoint {self.path}") from None
-        except OSError as error:
-            raise CheckpointError(f"{self.path} can't be read: {error.strerror}") from error
-        try:
-            _check_owner(self.path, os.fstat(self._descriptor), limits)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Close the directory."""
-        os.close(self._descriptor)
-
-    def open_file(self, name: str, max_bytes: int | None = None) -> int:
-        """Open a regular file of the directory and return its descriptor.
-
-        Raises:
-            CheckpointError: the file does not exist, is a link, belongs to an untrusted owner, or
-                has more than ``max_bytes``.
-        """
-        path = self.path / name
-        try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            descriptor = os.open(name, flags, dir_fd=self._descriptor)
-        except OSError as error:
-            reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
-            hint = self._nested_checkpoint() if name == MANIFEST_FILE else ""
-            raise CheckpointError(f"{path} can't be read: {reason}{hint}") from error
-        try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise CheckpointError(f"{path} can't be read: it is not a regular file")
-            _check_owner(path, found, self._limits)
-            if max_bytes is not None and found.st_size > max_bytes:
-                raise CheckpointError(
-                    f"{path} has {found.st_size} bytes; at most {max_bytes} are read"
-                )
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _nested_checkpoint(self) -> str:
-        """Suggest a checkpoint if the path is a run's directory or a store's root."""
-        found = sorted(self.path.glob("last/manifest.json")) or sorted(
-            self.path.glob("*/last/manifest.json")
-        )
-        return f"; did you mean {found[0].parent}?" if found else ""
-
-
-def _check_owner(path: Path, found: os.stat_result, limits: ReadLimits) -> None:
-    own = os.geteuid()
-    if found.st_uid not in (own, 0) and not limits.any_owner:
-        raise CheckpointError(
-            f"{path} belongs to user {found.st_uid}, expected {own} or root; if you trust that "
-            "user, copy the checkpoint, or load it with ReadLimits(any_owner=True)"
-        )
-
-
-class OpenCheckpoint:
-    """Open checkpoint, protected from removal; a context manager.
-
-    The path to the directory may contain links; links inside the directory are refused.
-    """
+class OpenCheckpoint(CheckpointFiles):
+    """Open checkpoint, protected from removal, whose files are verified and decoded."""
 
     def __init__(self, path: str | os.PathLike[str], limits: ReadLimits) -> None:
         """Open the directory and verify its manifest.
@@ -149,48 +66,22 @@ class OpenCheckpoint:
         Raises:
             CheckpointError: the checkpoint does not exist or can't be trusted.
         """
-        self._dir = CheckpointDir(path, limits)
-        self.path = self._dir.path
-        self._limits = limits
-        self._manifest: int | None = None
+        super().__init__(path, limits)
         self._sharded: dict[str, dict[str, torch.Tensor]] = {}  # assembled tensors by part
         self._files: dict[int | None, dict[str, FileName]] = {}  # by rank; None for the job
         self._shard_files: dict[str, list[str]] = {}  # by part
         self._parts_of_ranks: set[str] = set()
         self._headers: dict[str, tuple[int, int]] = {}  # size and tensors by file
         self._read_bytes = 0
-        self._hole_bytes = self._data_bytes = 0
-        try:
-            self._manifest = self._dir.open_file(MANIFEST_FILE, limits.max_manifest_bytes)
-            self._lock_shared()
-            text = bytes(buffer_view(_read(self._manifest, os.fstat(self._manifest).st_size)))
-            with self._in_file(MANIFEST_FILE):
-                self.manifest: Manifest = parse_manifest(text, limits)
-            for name in self.manifest.files:
-                parsed = FileName.parse(name)
-                assert parsed is not None  # the manifest was checked
-                if parsed.is_shards:
-                    self._shard_files.setdefault(parsed.part, []).append(name)
-                    continue
-                self._files.setdefault(parsed.rank, {})[name] = parsed
-                if parsed.rank is not None:
-                    self._parts_of_ranks.add(parsed.part)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> OpenCheckpoint:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the checkpoint and allow its removal."""
-        if self._manifest is not None:
-            os.close(self._manifest)
-            self._manifest = None
-        self._dir.close()
+        for name in self.manifest.files:
+            parsed = FileName.parse(name)
+            assert parsed is not None  # the manifest was checked
+            if parsed.is_shards:
+                self._shard_files.setdefault(parsed.part, []).append(name)
+                continue
+            self._files.setdefault(parsed.rank, {})[name] = parsed
+            if parsed.rank is not None:
+                self._parts_of_ranks.add(parsed.part)
 
     def load(
         self, rank: int | None, share_of: ShareOf | None = None, only: str | None = None
@@ -346,7 +237,7 @@ class OpenCheckpoint:
 
     def _read_header(self, name: str) -> memoryview:
         entry = self.manifest.files[name]
-        with self._in_file(name), _closing_file(self._open_entry(name, entry)) as descriptor:
+        with self._in_file(name), closing_file(self._open_entry(name, entry)) as descriptor:
             begin = os.pread(descriptor, LENGTH_BYTES, 0)
             length = FileLayout.header_length(begin, entry.size, self._limits)
             return buffer_view(_read(descriptor, length))
@@ -372,16 +263,6 @@ class OpenCheckpoint:
             with self._in_file(name):
                 check_sums(CheckpointError, self._limits, **sums)
 
-    def check_sizes(self) -> None:
-        """Compare the sizes of all files with the manifest.
-
-        Raises:
-            CheckpointError: a file is missing or has another size.
-        """
-        for name, entry in self.manifest.files.items():
-            with self._in_file(name):
-                os.close(self._open_entry(name, entry))
-
     def verify(self) -> None:
         """Run all checks of a load, for all ranks, in pieces of memory.
 
@@ -403,7 +284,7 @@ class OpenCheckpoint:
         """Compare a file with its digest, in pieces; return its tensors without values."""
         entry, layout = self.manifest.files[name], self.layout(name)
         buffer = allocate_buffer(min(entry.size, _PIECE_BYTES))
-        with self._in_file(name), _closing_file(self._open_entry(name, entry)) as descriptor:
+        with self._in_file(name), closing_file(self._open_entry(name, entry)) as descriptor:
             digest = new_digest(self.manifest.digest_name)
             bools = sorted(
                 (t.begin, t.end, t.name) for t in layout.tensors if t.dtype is torch.bool
@@ -423,46 +304,15 @@ class OpenCheckpoint:
                     bools.pop(0)
                 begin += count
                 record_heartbeat()
-            _compare(str(digest.hexdigest()), entry)
+            check_digest(str(digest.hexdigest()), entry)
         return {t.name: torch.empty(t.shape, dtype=t.dtype, device="meta") for t in layout.tensors}
 
     def _read_verified(self, name: str) -> torch.Tensor:
         entry = self.manifest.files[name]
-        with self._in_file(name), _closing_file(self._open_entry(name, entry)) as descriptor:
+        with self._in_file(name), closing_file(self._open_entry(name, entry)) as descriptor:
             buffer = _read(descriptor, entry.size)
-            _compare(digest_of(self.manifest.digest_name, buffer_view(buffer)), entry)
+            check_digest(digest_of(self.manifest.digest_name, buffer_view(buffer)), entry)
             return buffer
-
-    def _open_entry(self, name: str, entry: FileEntry) -> int:
-        descriptor = self._dir.open_file(name)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size != entry.size:
-                raise CheckpointError(f"expected {entry.size} bytes, found {size}")
-            self._check_holes(descriptor, size)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _check_holes(self, descriptor: int, size: int) -> None:
-        """Refuse sparse files that have far fewer bytes on the disk than they claim."""
-        data, holes = _data_and_holes(descriptor, size)
-        self._data_bytes += data
-        self._hole_bytes += holes
-        _refuse_sparse(size, self._data_bytes, self._hole_bytes)
-
-    def _lock_shared(self) -> None:
-        """Keep others from removing the checkpoint, if the file system supports locks."""
-        import fcntl  # not available on Windows; filelock has no shared locks
-
-        assert self._manifest is not None
-        try:
-            fcntl.flock(self._manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{self.path} is being removed") from None
-        except OSError:
-            pass
 
     def _check_memory(self, names: Iterable[str], kept: int = 0, temporary: int = 0) -> None:
         """Refuse to read more bytes than allowed, counting earlier reads.
@@ -488,18 +338,6 @@ class OpenCheckpoint:
                 "or ReadLimits.max_total_bytes"
             )
 
-    @contextmanager
-    def _in_file(self, name: str) -> Iterator[None]:
-        """Add the file's path to errors."""
-        try:
-            yield
-        except CheckpointError as error:
-            if str(self.path) in str(error):
-                raise
-            raise CheckpointError(f"{self.path / name}: {error}") from error
-        except OSError as error:
-            raise CheckpointError(f"{self.path / name} can't be read: {error.strerror}") from error
-
 
 def read_tensor_file(
     path: str | os.PathLike[str], limits: ReadLimits | None = None
@@ -519,7 +357,7 @@ def read_tensor_file(
     path = Path(path).resolve()
     folder = CheckpointDir(path.parent, limits)
     most = limits.max_total_bytes
-    with closing(folder), _closing_file(folder.open_file(path.name)) as descriptor:
+    with closing(folder), closing_file(folder.open_file(path.name)) as descriptor:
         try:
             size = os.fstat(descriptor).st_size
             begin = os.pread(descriptor, LENGTH_BYTES, 0)
@@ -527,8 +365,8 @@ def read_tensor_file(
             FileLayout.parse(memoryview(header), size, limits)
             if size > (most := _available_memory() if most is None else most):
                 raise CheckpointError(f"it has {size} bytes; at most {most} are read")
-            data, holes = _data_and_holes(descriptor, size)
-            _refuse_sparse(size, data, holes)
+            data, holes = data_and_holes(descriptor, size)
+            refuse_sparse(size, data, holes)
             file = buffer_view(_read(descriptor, size))
             return _tensors_in(file, limits), digest_of("xxh3_128", file)
         except CheckpointError as error:
@@ -580,48 +418,6 @@ def _read(descriptor: int, size: int) -> torch.Tensor:
     return buffer
 
 
-def _data_and_holes(descriptor: int, size: int) -> tuple[int, int]:
-    """Count the bytes of a file on the disk and in holes; all are data if unknown."""
-    begin = holes = 0
-    try:
-        while (hole := os.lseek(descriptor, begin, os.SEEK_HOLE)) < size:
-            try:
-                begin = os.lseek(descriptor, hole, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                begin = size
-            holes += begin - hole
-            if begin == size:
-                break
-    except OSError:
-        return size, 0  # the file system can't tell
-    finally:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-    return size - holes, holes
-
-
-def _refuse_sparse(size: int, data: int, holes: int) -> None:
-    if holes > _MAX_HOLE_BYTES + _MAX_HOLE_RATIO * data:
-        raise CheckpointError(
-            f"of its {size} bytes, few are on the disk: it is a sparse file; if you trust it, copy "
-            "it with cp --sparse=never"
-        )
-
-
 def _check_bools(name: str, content: torch.Tensor) -> None:
     if (content > 1).any():
         raise CheckpointError(f"the bool tensor {name!r:.80} has bytes above 1")
-
-
-def _compare(digest: str, entry: FileEntry) -> None:
-    if digest != entry.digest:
-        raise CheckpointError(f"its digest is {digest}, expected {entry.digest}: it was changed")
-
-
-@contextmanager
-def _closing_file(descriptor: int) -> Iterator[int]:
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -50,8 +50,8 @@ from robo_orchard_lab.pipeline.checkpoint.single_checkpoint import (
 from robo_orchard_lab.pipeline.checkpoint.tensor_files import StagingPool
 from robo_orchard_lab.pipeline.checkpoint.writer import FiniteCheck, PendingSave, StagedCheckpoint
 from robo_orchard_lab.pipeline.errors import CheckpointError, StoreLockedError
+from robo_orchard_lab.pipeline.progress import MAX_COUNT
 from robo_orchard_lab.pipeline.run.durable import lock_file, make_folder, replace_link
-from robo_orchard_lab.pipeline.state_schema import MAX_COUNT
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

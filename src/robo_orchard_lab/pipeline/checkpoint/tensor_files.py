@@ -23,7 +23,7 @@ import torch
 
 from robo_orchard_core.utils.strict_json import JsonError, json_values, parse_json
 from robo_orchard_lab.pipeline.checkpoint.manifest import ReadLimits
-from robo_orchard_lab.pipeline.checkpoint.state import RESERVED_NAME
+from robo_orchard_lab.pipeline.checkpoint.state_tree import RESERVED_NAME
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
 
 # --- layout ----------------------------------------------------------------------------------

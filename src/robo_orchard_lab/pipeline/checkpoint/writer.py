@@ -28,7 +28,7 @@ from robo_orchard_lab.pipeline.checkpoint.manifest import (
 )
 from robo_orchard_lab.pipeline.checkpoint.ranks import Ranks
 from robo_orchard_lab.pipeline.checkpoint.shards import shards_to_write
-from robo_orchard_lab.pipeline.checkpoint.state import RESERVED_NAME, encode_state
+from robo_orchard_lab.pipeline.checkpoint.state_tree import RESERVED_NAME, encode_state
 from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
     FileLayout,
     StagingBuffer,
@@ -38,6 +38,7 @@ from robo_orchard_lab.pipeline.checkpoint.tensor_files import (
     non_finite_names,
 )
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
+from robo_orchard_lab.pipeline.progress import MAX_COUNT
 from robo_orchard_lab.pipeline.run.durable import (
     flush_folder,
     remove_folder,
@@ -45,7 +46,6 @@ from robo_orchard_lab.pipeline.run.durable import (
     write_file,
 )
 from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, is_sharded
-from robo_orchard_lab.pipeline.state_schema import MAX_COUNT
 
 logger = logging.getLogger(__name__)
 

@@ -3,12 +3,12 @@
 `robo_orchard_lab.HOOK_MODULES` lists the hooks; the imports below repeat them for type checkers.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from robo_orchard_core.utils.hook import HookContext as HookContext
 from robo_orchard_core.utils.hook import RemovableHandle as RemovableHandle
 from robo_orchard_core.utils.hook import RemoveableHandle as RemoveableHandle
+from robo_orchard_core.utils.lazy_exports import lazy_exports
 from robo_orchard_lab import HOOK_MODULES
 from robo_orchard_lab.pipeline.context import PipelineHookArgs as PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks as PipelineHooks
@@ -110,9 +110,4 @@ if TYPE_CHECKING:
     )
 else:
     # The trainer needs few of the hooks; importing all of them would double its import time.
-    def __getattr__(name: str) -> object:
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-        globals()[name] = value  # later look-ups bypass this function
-        return value
+    __getattr__ = lazy_exports(__name__, _MODULE_OF)

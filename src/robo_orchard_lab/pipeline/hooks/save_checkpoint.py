@@ -24,7 +24,8 @@ from robo_orchard_lab.pipeline.checkpoint import (
     Ranks,
     Retention,
 )
-from robo_orchard_lab.pipeline.checkpoint.state import encode_state
+from robo_orchard_lab.pipeline.checkpoint.manifest import CHECKPOINTS_FOLDER
+from robo_orchard_lab.pipeline.checkpoint.state_tree import encode_state
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import (
     CheckpointError,
@@ -97,8 +98,6 @@ class BackgroundTask(Generic[ResultT]):
 logger = job_logger(__name__)
 
 STATE_VERSION = 1
-CHECKPOINTS_FOLDER = "checkpoints"
-"""Subfolder of a run's folder for checkpoints."""
 
 
 class SaveCheckpoint(PipelineHooks):

@@ -9,11 +9,15 @@ from pathlib import Path
 from torch.optim.lr_scheduler import OneCycleLR, PolynomialLR
 
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, Ranks, load_checkpoint
-from robo_orchard_lab.pipeline.checkpoint.manifest import LAST, MANIFEST_FILE
+from robo_orchard_lab.pipeline.checkpoint.manifest import (
+    CHECKPOINTS_FOLDER,
+    LAST,
+    MANIFEST_FILE,
+)
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.hooks.optimizer import OptimizerHook
-from robo_orchard_lab.pipeline.hooks.save_checkpoint import CHECKPOINTS_FOLDER, SaveCheckpoint
+from robo_orchard_lab.pipeline.hooks.save_checkpoint import SaveCheckpoint
 from robo_orchard_lab.pipeline.job_log import announce, job_logger
 from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
