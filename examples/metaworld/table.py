@@ -51,7 +51,7 @@ def measure(policy: str, demonstrations: int, seed: int, steps: int) -> int:
         },
     )
     folder = FOLDER / f"{policy}-{demonstrations}-{seed}-{steps}"
-    run = experiment.build(run_folder=folder, resume="never")  # a completed run would keep no EMA
+    run = experiment.build(run_folder=folder)
     run.trainer()
     ema, model = run.hooks["ema"], run.model
     assert isinstance(ema, EMA)

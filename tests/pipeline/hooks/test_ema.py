@@ -275,6 +275,32 @@ def test_resume_is_exact(at: int, fields: dict[str, Any], tmp_path: Path) -> Non
         assert equal(list(found[part].values()), list(expected[part].values()))
 
 
+def test_a_resumed_completed_run_has_its_average(tmp_path: Path) -> None:
+    """The saved average can be applied, saved and evaluated, and training continues from it."""
+
+    def run(max_epoch: int, resume_from: Path | None = None) -> tuple[HookBasedTrainer, EMA]:
+        ema = EMAConfig(decay=0.9)()
+        trainer = make_trainer([ema], max_epoch=max_epoch, resume_from=resume_from)
+        trainer()
+        trainer.save_checkpoint(tmp_path / f"{max_epoch}-{resume_from is not None}")
+        return trainer, ema
+
+    first, ended = run(1)
+    resumed_trainer, resumed = run(1, tmp_path / "1-False")  # saves a checkpoint again
+    own = weights(resumed_trainer.model)
+    with resumed.applied():
+        applied = weights(resumed_trainer.model)
+    assert equal(applied, list(ended.weights().values()))
+    assert equal(list(resumed.weights().values()), applied)
+    assert equal(weights(resumed_trainer.model), own)
+    loaders = {"val": make_loader()}
+    evaluated = resumed_trainer.evaluate(loaders, weights="EMA")
+    assert evaluated == first.evaluate(loaders, weights="EMA") != first.evaluate(loaders)
+    _, uninterrupted = run(2)
+    _, continued = run(2, tmp_path / "1-True")
+    assert equal(list(continued.weights().values()), list(uninterrupted.weights().values()))
+
+
 def test_applying_the_average_does_not_change_training() -> None:
     """Applying and reading the average after every step leaves training bit-identical."""
     ema = EMAConfig()()

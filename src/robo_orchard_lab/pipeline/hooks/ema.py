@@ -323,7 +323,8 @@ class EMA(PipelineHooks):
         self._updates_in_epoch = 0
         self._averagings = 0  # after update_after_step
         self._average: AveragedWeights | None = None
-        self._loaded: Mapping[str, Any] | None = None  # until the run begins with a model
+        self._loaded: Mapping[str, Any] | None = None  # until the average is needed
+        self._checked_model: nn.Module | None = None  # of the trainer that loads a state
         self._is_running = False
         self._stops: RemovableHandle | None = None
         self._has_exported = False
@@ -338,7 +339,8 @@ class EMA(PipelineHooks):
         """Put the average into the model for the body, see :meth:`AveragedWeights.applied`.
 
         Raises:
-            PipelineStateError: no run has begun yet, or the average is applied already.
+            PipelineStateError: no run has begun or was resumed yet, or the average is applied
+                already.
         """
         return self._require_average().applied()
 
@@ -348,7 +350,7 @@ class EMA(PipelineHooks):
         A collective if the model is sharded.
 
         Raises:
-            PipelineStateError: no run has begun yet.
+            PipelineStateError: no run has begun or was resumed yet.
         """
         return self._require_average().weights()
 
@@ -431,9 +433,14 @@ class EMA(PipelineHooks):
             )
 
     def _require_average(self) -> AveragedWeights:
+        if self._average is None and self._loaded is not None and self._checked_model is not None:
+            average = self._make_average(self._checked_model)
+            average.load_state_dict(self._loaded)
+            self._average, self._loaded = average, None
         if self._average is None:
             raise PipelineStateError(
-                f"{self.name} has no average yet: register the hook in a trainer and run it first"
+                f"{self.name} has no average yet: register the hook in a trainer and run it first, "
+                "or resume a run with an average"
             )
         return self._average
 
@@ -451,6 +458,7 @@ class EMA(PipelineHooks):
         super().check_state(state, model)
         if {"shadows", "copies"} & state.keys():
             self._make_average(model).check(state)
+        self._checked_model = model  # a completed run that is resumed doesn't begin its loop
 
     def state_dict(self) -> dict[str, Any]:
         """Return the numbers of updates and the tensors, not cloned."""
@@ -462,7 +470,7 @@ class EMA(PipelineHooks):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state: at once during a run, otherwise when the next run begins.
+        """Restore a state: at once during a run, otherwise when the average is needed.
 
         Raises:
             StateError: another version, or the average of another model.
