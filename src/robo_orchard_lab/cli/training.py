@@ -72,6 +72,7 @@ def check_start(
         is_own_file: the file is the config.yaml in the run folder.
         checkpoint: checkpoint to resume from instead of the newest.
     """
+    from robo_orchard_lab.cluster.submission import refuse_active_job
     from robo_orchard_lab.experiment.existing_run import find_existing_run
     from robo_orchard_lab.experiment.run_folder import find_escaping_link
 
@@ -86,6 +87,7 @@ def check_start(
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
         problem = "is not a folder" if not ancestor.is_dir() else "is not writable"
         raise CommandError(f"{folder} can't be the run folder: {ancestor} {problem}", other_folder)
+    refuse_active_job(folder)
     existing = find_existing_run(folder)
     if existing is None:
         return RunStart()

@@ -6,3 +6,7 @@
 
 Requires the extra ``cluster``: ``pip install "robo-orchard-hooks[cluster]"``.
 """
+
+from robo_orchard_lab.cluster.submission import ClusterSettings, submit
+
+__all__ = ["ClusterSettings", "submit"]

@@ -29,6 +29,7 @@ from robo_orchard_core.utils.config.errors import ConfigError
 from robo_orchard_lab.experiment.run_folder import SUBMISSIONS
 from robo_orchard_lab.report.files import Problems
 from robo_orchard_lab.report.jobs import (
+    JOB_VARIABLE,
     SUBMISSION_FILE,
     Job,
     newest_submission,
@@ -151,6 +152,7 @@ class ClusterSettings:
             "time": int(self.time_s / 60),
             "nodes": self.nodes,
             "ntasks_per_node": 1,
+            "srun_args": ["--kill-on-bad-exit=1"],  # if the first node failed
             "additional_parameters": {"requeue": True, **flags},
         }
 
@@ -226,12 +228,7 @@ def submit(
         OSError: The run folder can't be written.
     """
     run = experiment.folder().absolute()
-    [before] = with_slurm_states([read_job(run, Problems())])
-    if before is not None and before.is_active:
-        raise SubmissionError(
-            f"the run in {experiment.folder()} is job {before.id}, {before.state}; wait for it, or "
-            f"cancel it: {cancel_command(before)}"
-        )
+    refuse_active_job(run)
     folder = _make_folder(run)
     try:
         _fill(folder, run, experiment, settings, trust, allow)
@@ -242,6 +239,23 @@ def submit(
     job = read_job(run, Problems())
     assert job is not None
     return job
+
+
+def refuse_active_job(run: Path) -> None:
+    """Refuse to train a run whose job runs or waits, except in the job.
+
+    Raises:
+        SubmissionError: With the command that cancels the job.
+    """
+    job = read_job(run, Problems())
+    if job is None or os.environ.get(JOB_VARIABLE) == str(job.folder.absolute()):
+        return
+    [job] = with_slurm_states([job])
+    if job is not None and job.is_active:
+        raise SubmissionError(
+            f"the run in {run} is job {job.id}, {job.state}; wait for it, or cancel it: "
+            f"{cancel_command(job)} (of a job that SLURM no longer knows, remove {job.folder})"
+        )
 
 
 def sbatch_script(

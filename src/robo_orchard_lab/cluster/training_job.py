@@ -29,7 +29,7 @@ from robo_orchard_lab.cluster.submission import (
 )
 from robo_orchard_lab.experiment.run_folder import RUN_STATE, STARTS
 from robo_orchard_lab.report.files import Problems, items, mapping, read_object, whole
-from robo_orchard_lab.report.jobs import STATUS_FILE, SUBMISSION_FILE
+from robo_orchard_lab.report.jobs import JOB_VARIABLE, STATUS_FILE, SUBMISSION_FILE
 from robo_orchard_lab.report.page import write
 
 LOCAL_STARTS = 6
@@ -146,11 +146,14 @@ class TrainingJob:
         # The shell ignores submitit's signal for all processes of the training: some configurations
         # of SLURM send it to each process of a job.
         ignoring = ["sh", "-c", f'trap "" {JobEnvironment.USR_SIG}; exec "$@"', "sh"]
-        shutdown_s = max(1, self.settings.margin - 10)
+        variables = {
+            JOB_VARIABLE: self.folder,
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, self.settings.margin - 10)),
+        }
         self._child = subprocess.Popen(
             [*ignoring, *self._command(environment)],
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(shutdown_s)},
+            env={**os.environ, **variables},
         )
         try:
             if self._is_stopping:  # by a signal before the start
@@ -187,7 +190,8 @@ class TrainingJob:
         """Requeue a run that is to be started again; raise JobError for a failed one."""
         assert self._child is not None
         code = self._child.wait()
-        if code == 0:
+        # torchrun exits with 1 after a signal, also if the run was at its end.
+        if code == 0 or (self._is_stopping and self._outcome() == "completed"):
             return
         if self._is_cancelled:
             raise JobError("the job was cancelled; submit the run again to resume it")
@@ -271,13 +275,13 @@ def submit_folder(folder: Path) -> None:
 def _launcher(settings: ClusterSettings, environment: JobEnvironment) -> Sequence[str]:
     if settings.nodes == 1:
         return launcher(settings.ranks_per_node)
-    start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    # The first rank is on the first node: when its processes end, the state of the run is final.
     return launcher(
         settings.ranks_per_node,
         f"--nnodes={settings.nodes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={environment.hostnames[0]}:{20000 + int(environment.job_id) % 10000}",
-        f"--rdzv-id={environment.job_id}-{start}",
+        f"--node-rank={environment.global_rank}",
+        f"--master-addr={environment.hostnames[0]}",
+        f"--master-port={20000 + int(environment.job_id) % 10000}",
     )
 
 

@@ -20,6 +20,8 @@ from robo_orchard_lab.report.files import Problems, items, mapping, read_object,
 
 SUBMISSION_FILE = "submission.json"
 STATUS_FILE = "status.json"
+JOB_VARIABLE = "ROBO_ORCHARD_LAB_JOB"
+"""Environment variable of a training in a job, with the folder of the submission."""
 ACTIVE = ("queued", "running", "requeued")
 _STATES = (*ACTIVE, "finished", "failed")
 _ID = re.compile(r"[0-9]{1,20}")

@@ -1,7 +1,8 @@
 """Stand-in for SLURM's commands: jobs are processes of this machine, with files as their states.
 
-Files in the folder $SLURM_STAND_IN, for each job: ``ID.state``, ``ID.requeue`` after a request,
-``ID.pids`` of its tasks, ``ID.daemon``. With $SLURM_STAND_IN_HOLD, jobs stay in the queue.
+Jobs have numbers from $SLURM_STAND_IN_FIRST. Files of each job in $SLURM_STAND_IN: ``ID.state``,
+``ID.requeue`` after a request, ``ID.pids`` of its tasks, ``ID.daemon``. With
+$SLURM_STAND_IN_HOLD, jobs stay in the queue.
 """
 
 import os
@@ -9,14 +10,18 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]  # accelerate brings it
 
 FOLDER = Path(os.environ["SLURM_STAND_IN"])
 
 
 def sbatch(script: str) -> None:
-    job = str(1001 + len([*FOLDER.glob("*.state")]))
+    job = str(int(os.environ["SLURM_STAND_IN_FIRST"]) + len([*FOLDER.glob("*.state")]))
     _set_state(job, "PENDING")
     if "SLURM_STAND_IN_HOLD" not in os.environ:
         command = [sys.executable, __file__, "run", job, script]
@@ -51,17 +56,22 @@ def run(job: str, script: str) -> None:
 
 
 def srun(*arguments: str) -> None:
-    at = arguments.index("--output")
+    assert "--kill-on-bad-exit=1" in arguments
+    pattern = arguments[arguments.index("--output") + 1]
+    command = arguments[arguments.index(sys.executable) :]
     job, tasks = os.environ["SLURM_JOB_ID"], []
     for task in range(int(os.environ["SLURM_NTASKS"])):
-        output = arguments[at + 1].replace("%j", job).replace("%t", str(task))
         ids = {"SLURM_PROCID": str(task), "SLURM_NODEID": str(task), "SLURM_LOCALID": "0"}
-        with open(output, "ab") as log:
-            command = arguments[at + 2 :]
+        with open(pattern.replace("%j", job).replace("%t", str(task)), "ab") as log:
             env = {**os.environ, **ids}
             tasks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
     (FOLDER / f"{job}.pids").write_text(" ".join(str(task.pid) for task in tasks))
-    sys.exit(max([task.wait() != 0 for task in tasks]))
+    while None in (codes := [task.poll() for task in tasks]) and not any(codes):
+        time.sleep(0.05)
+    for child in psutil.Process().children(recursive=True):  # of other nodes
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    sys.exit(any(task.wait() for task in tasks))
 
 
 def scontrol(action: str, job: str) -> None:

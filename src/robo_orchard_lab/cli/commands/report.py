@@ -218,9 +218,12 @@ def _print_runs(found: Selection, *, with_columns: bool) -> None:
                 for run, summary in zip(found.runs, summaries, strict=True)
             ],
         )
-    for summary in summaries:
-        if (job := summary.job) is not None and job.state == "failed":
+    failed = [s for s in summaries if s.job is not None and s.job.state == "failed"]
+    for summary in failed[:5]:
+        if (job := summary.job) is not None:
             note(one_line(f"{summary.path}: job {job.id}: {job.message} ({job.log})"))
+    if len(failed) > 5:
+        note(f"{len(failed) - 5} more jobs failed; --json lists them")
     damaged = [summary for summary in summaries if summary.problems]
     for summary in damaged[:5]:
         note(f"{summary.path}: {one_line(summary.problems[0])}")
