@@ -6,6 +6,7 @@ Every source is data: safetensors and JSON, read with the limits of a checkpoint
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -23,7 +24,18 @@ from robo_orchard_core.utils.config.errors import (
 from robo_orchard_core.utils.logging import visible
 from robo_orchard_core.utils.strict_json import JsonError, parse_json
 from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
-from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, NoRunError
+from robo_orchard_lab.experiment.run_folder import (
+    CONFIG_FILE,
+    RUN_STATE,
+    NoRunError,
+    run_config_file,
+)
+from robo_orchard_lab.experiment.weight_sources import (
+    HUB,
+    INDEX_SUFFIX,
+    download_weights,
+    weights_file,
+)
 from robo_orchard_lab.pipeline.checkpoint import ReadLimits, non_finite_names
 from robo_orchard_lab.pipeline.checkpoint.manifest import MANIFEST_FILE
 from robo_orchard_lab.pipeline.checkpoint.reader import OpenCheckpoint, read_tensor_file
@@ -43,7 +55,6 @@ OnMismatch: TypeAlias = Literal["skip", "overlap", "interpolate"]
 """Rule for weights of another shape: leave the model's; copy the common leading part; or
 interpolate linearly along the axes that differ."""
 
-_INDEX = ".index.json"
 _SHOWN = 4  # names in a row of the report
 _LISTED = 10  # entries in an error
 
@@ -129,49 +140,40 @@ class SavedWeights:
 
     @classmethod
     def find(cls, path: str | os.PathLike[str], *, best: bool = False) -> SavedWeights:
-        """Read weights of a run, a checkpoint, a safetensors file, or an index of such files.
+        """Read weights of a run, a checkpoint, safetensors files, or a repository of the Hub.
 
         Args:
-            path: Folder of a run or of checkpoints, a checkpoint, a ``*.safetensors`` or
-                ``*.index.json`` file, or a folder with ``model.safetensors`` or its index.
+            path: Folder of a run or of checkpoints, a checkpoint, or a source of
+                `weights_file` or `download_weights`.
             best: Use the best checkpoint of a run instead of the newest.
 
         Raises:
             CheckpointError: There are no weights, or they can't be read.
             ConfigError: The run has no checkpoint, or none is known as the best.
         """
-        path = Path(path)
+        text = os.fspath(path)
+        path = download_weights(text) if text.startswith(HUB) else Path(path)
         if not path.exists():
             raise CheckpointError(
                 f"expected a run folder, a checkpoint or a *.safetensors file; there is no {path}"
             )
-        files = [path]
-        if path.is_dir():
-            inner = (path / f"{_FILE}{_INDEX}", path / _FILE)
-            files = [] if (path / MANIFEST_FILE).exists() else [f for f in inner if f.exists()]
-        if not files:
+        file = None if _is_own(path) else weights_file(path)
+        if file is None and path.is_dir():
             try:
                 return cls.from_checkpoint(find_checkpoints(path).pick(best=best))
             except NoRunError as error:
                 if best:
                     error.problem += "; name the file of a KeepBest, or the newest checkpoint"
                 raise
+        if file is None:
+            folder = f", found a run's configuration; name its folder, {path.parent}"
+            raise CheckpointError(
+                f"{path}: expected a *.safetensors file or a folder with one"
+                + (folder if path.name == CONFIG_FILE else "")
+            )
         if best:
             raise CheckpointError(f"{path} holds weights of one step; leave out the best")
-        if files[0].name.endswith(_INDEX):
-            return cls.from_index(files[0])
-        if files[0].suffix == ".safetensors":
-            return cls.from_file(files[0])
-        if files[0].name == CONFIG_FILE:
-            raise CheckpointError(
-                f"{path}: expected weights, found a run's configuration; name its folder, "
-                f"{path.parent}"
-            )
-        raise CheckpointError(
-            f"{path}: expected a *.safetensors file, since other formats may run code; convert a "
-            "file that you trust by safetensors.torch.save_file(torch.load(FILE, "
-            "weights_only=True), 'weights.safetensors')"
-        )
+        return (cls.from_index if file.name.endswith(INDEX_SUFFIX) else cls.from_file)(file)
 
     def of_hook(self, name: str) -> SavedWeights:
         """Return the weights that a hook kept, such as a moving average.
@@ -265,6 +267,14 @@ class WeightsReport:
         return "\n".join(map(visible, lines))
 
 
+def _is_own(path: Path) -> bool:
+    """Return True for a checkpoint, or a run folder without weights of another program."""
+    if (path / MANIFEST_FILE).exists():
+        return True
+    is_run = run_config_file(path) is not None or (path / RUN_STATE).exists()
+    return is_run and not any((path / f"{_FILE}{end}").exists() for end in ("", INDEX_SUFFIX))
+
+
 def load_weights(
     model: torch.nn.Module,
     path: str | os.PathLike[str],
@@ -284,8 +294,8 @@ def load_weights(
 
     Args:
         model: Model, compiled or not, also sharded by FSDP2.
-        path: Run folder, checkpoint, ``*.safetensors`` file, or index of sharded files; see
-            :meth:`SavedWeights.find`.
+        path: Run folder, checkpoint, ``*.safetensors`` file, index of sharded files, folder with
+            such files, or ``hub:OWNER/NAME``; see :meth:`SavedWeights.find`.
         checkpoint: Checkpoint of a run folder.
         weights: Name of the run's hook whose weights to load, such as an ``EMA``.
         include: Patterns of names in the model (``*`` matches any text, dots included).
@@ -363,6 +373,10 @@ def load_weights(
     )
     for line in str(report).splitlines():
         announce(logger, line)
+    if report.missing and report.unused:
+        advice = _suggest_prefix(report.unused, report.missing)
+        if advice.startswith("write"):
+            logger.warning("missing entries have counterparts in %s; %s", saved.path, advice)
     tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
     if non_finite := non_finite_names(tensors):
         logger.warning("%s: %s of the loaded weights is not finite", saved.path, non_finite[0])
@@ -457,12 +471,16 @@ def _names(names: Iterable[str]) -> str:
 
 
 def _suggest_prefix(source: Iterable[str], live: Iterable[str]) -> str:
-    """Return the remedy if names differ by a prefix."""
+    """Return the remedy if names differ by a prefix: the one that matches the most names."""
     names = [*live]
+    found: Counter[tuple[str, str]] = Counter()
     for saved in source:
         for name in names:
             if saved.endswith(f".{name}"):
-                return f"write rename: {{'{saved[: -len(name)]}': ''}}"
-            if name.endswith(f".{saved}"):
-                return f"write rename: {{'': '{name[: -len(saved)]}'}}"
-    return "map prefixes by rename: {'old.': 'new.'}"
+                found[saved[: -len(name)], ""] += 1
+            elif name.endswith(f".{saved}"):
+                found["", name[: -len(saved)]] += 1
+    if not found:
+        return "map prefixes by rename: {'old.': 'new.'}"
+    [((old, new), _)] = found.most_common(1)
+    return f"write rename: {{{old!r}: {new!r}}}"

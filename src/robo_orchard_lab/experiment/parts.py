@@ -463,7 +463,8 @@ class InitialWeights(Config):
 
     path: str = Field(
         min_length=1,
-        description="Run folder, checkpoint, *.safetensors file, or index of sharded files.",
+        description="Run folder, checkpoint, *.safetensors file, index of sharded files, folder "
+        "with such files, or hub:OWNER/NAME[@REVISION].",
     )
     checkpoint: Literal["newest", "best"] = Field(
         default="newest", description="Checkpoint of a run folder."

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     "--from",
     "source",
     metavar="RUN",
-    help="Begin a new run with the weights of RUN, a checkpoint or a *.safetensors file; sets "
-    "init_from.path.",
+    help="Begin a new run with the weights of RUN, a checkpoint, a *.safetensors file, a folder of "
+    "Accelerate or Transformers, or hub:OWNER/NAME; sets init_from.path.",
 )
 @click.option(
     "--dry-run",
