@@ -24,6 +24,8 @@ from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.pipeline import SimpleBatchProcessor
 from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, FiniteCheck, Retention
 from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
+from robo_orchard_lab.policy import load_policy
+from robot_data import ACTION, STATE, write_dataset
 from tiny import make_trainer
 
 
@@ -241,6 +243,35 @@ def test_export_uses_save_pretrained_of_a_trusted_model(
     assert main(["checkpoint", "export", "r", "out", "--trust", "my_gpt"]) == 0
     loaded = transformers.GPT2LMHeadModel.from_pretrained("out").state_dict()
     assert all(torch.equal(loaded[n], value) for n, value in trained.state_dict().items())
+
+
+def test_export_of_a_policy_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A policy with values of its dataset is exported with a config that load_policy reads."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write_dataset(tmp_path / "data" / "d", (5, 4), {"observation.state": STATE, "action": ACTION})
+    (tmp_path / "bc.yaml").write_text(POLICY)
+    assert main(["train", "bc.yaml"]) == 0
+    assert main(["checkpoint", "export", "runs/bc", "policy"]) == 0
+    policy = load_policy("policy")
+    saved = load_file("runs/bc/checkpoints/last/model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in policy.state_dict().items())
+    assert ModelCard.load(Path("policy/README.md")).data.pipeline_tag == "robotics"
+
+
+POLICY = """
+name: bc
+model: {class_type: BehaviorCloning, statistics: {from_data: statistics}, hidden: [8]}
+data:
+  train:
+    dataset: {class_type: LeRobotDataset, folder: data/d, chunk_size: 8}
+    batch_size: 4
+batch_processor: {class_type: PolicyProcessor}
+optimizer: {class_type: "torch.optim:SGD", lr: 0.01}
+trainer: {max_step: 1}
+"""
 
 
 def test_poisoned_checkpoints_are_named_and_skipped(

@@ -46,7 +46,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hooks = (
         "hooks:\n  ema: {class_type: EMA, decay: 0.5}\n"
         "  validation: {class_type: ValidationHook, weights: {raw: null, average: ema}}\n"
-        "  save: {class_type: SaveModel, weights: ema, card: {license: mit, tags: [toy]}}\n"
+        "  save: {class_type: SaveModel, folder: mine, weights: ema,\n"
+        "         card: {license: mit, tags: [toy]}}\n"
     )
     (folder / "average.yaml").write_text(f"base: spirals.yaml\nname: average\n{hooks}")
     for name in ("spirals", "average"):
@@ -154,8 +155,8 @@ def test_nothing_private_is_pushed(
     folder = Path("runs/average")
     outside = work / "outside.txt"
     outside.write_text("private text")
-    (folder / "pretrained_model" / "notes.txt").symlink_to(outside)
-    (folder / "pretrained_model" / "code.py").write_text("private_code = 1")
+    (folder / "mine" / "notes.txt").symlink_to(outside)
+    (folder / "mine" / "code.py").write_text("private_code = 1")
     (folder / "train.log").write_text("private log")
     start = json.loads((folder / "starts" / "0001.json").read_text())
     start["command"] = f"/home/anna/bin/robo-orchard-lab train a.yaml --hub_token {SECRET}"

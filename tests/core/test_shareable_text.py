@@ -45,6 +45,8 @@ def test_secrets_are_removed(text: str, expected: str) -> None:
         "the token embeddings of tokenizer: bert-base-cased",
         "commit 0123456789abcdef0123456789abcdef01234567",
         "https://huggingface.co/docs/hub/repositories",
+        "hf_transformers_language_model, sk-learn-contrib-packages, ASIA-Pacific-region-data",
+        '{"password":4321,"secret": 50256}',
     ],
 )
 def test_other_text_stays(text: str) -> None:
@@ -57,6 +59,7 @@ def test_values_of_the_environment_are_removed(monkeypatch: pytest.MonkeyPatch) 
     """The value of a variable with a secret name is removed wherever it occurs."""
     monkeypatch.setenv("MY_SERVICE_TOKEN", "opaque-value-77")
     monkeypatch.setenv("OTHER", "ordinary-value-78")
+    monkeypatch.setenv("GIT_AUTHOR_NAME", "ordinary-value-78")
     assert without_secrets("a opaque-value-77 b ordinary-value-78") == (
         "a (removed) b ordinary-value-78"
     )

@@ -157,6 +157,23 @@ def test_card_has_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert secret not in text
 
 
+def test_card_shows_the_experiment_without_secrets(tmp_path: Path) -> None:
+    """The card has name, data and configuration of the experiment file; it ends no block early."""
+    (tmp_path / "starts").mkdir()
+    fence = "`" * 4
+    data = f"{{root: /home/anna/robots, api_key: '{TOKEN}', size: null}}"
+    (tmp_path / "config.yaml").write_text(
+        f"name: good\ndata: {{train: {data}}}\ntext: '{fence} ![x](y)'\n"
+    )
+    make_trainer(SaveModelConfig(), max_step=1, run_folder=tmp_path)()
+    card = ModelCard.load(tmp_path / "pretrained_model" / "README.md")
+    assert "\n# good\n" in card.text
+    assert '    root: "~/robots"\n    api_key: "(removed)"\n```' in card.text  # no null
+    assert f"{fence}`yaml\nname: good\n" in card.text
+    assert TOKEN not in card.text
+    assert "/home/anna" not in card.text
+
+
 @pytest.mark.parametrize("field", [{"license": "Apache 2.0"}, {"language": "English"}])
 def test_wrong_fields_of_the_card_are_refused(field: dict[str, str]) -> None:
     """The error names the form that the Hub expects."""

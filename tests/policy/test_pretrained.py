@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from reaching_policy import ReachPolicy
 from robo_orchard_core.utils.config import ConfigError, TrustError
 from robo_orchard_lab.pipeline.errors import CheckpointError, PipelineConfigError, StateError
+from robo_orchard_lab.pipeline.model_card import ModelCardConfig
 from robo_orchard_lab.policy import (
     BehaviorCloning,
     DiffusionPolicy,
@@ -53,6 +55,16 @@ def test_a_saved_policy_is_loaded_with_equal_actions(make: Any, tmp_path: Path) 
         "config.json",
         "model.safetensors",
     ]
+
+
+def test_a_saved_policy_has_a_card(tmp_path: Path) -> None:
+    """The card has the license that the caller sets, and the code that loads the policy."""
+    policy = BehaviorCloning(STATISTICS, hidden=[8])
+    save_policy(policy, tmp_path / "policy", ModelCardConfig(license="mit", name="mine"))
+    card = ModelCard.load(tmp_path / "policy" / "README.md")
+    assert (card.data.license, card.data.pipeline_tag) == ("mit", "robotics")
+    assert "load_policy(" in card.text
+    assert "\n# mine\n" in card.text
 
 
 def test_a_program_of_torch_export_predicts_equal_actions(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 REMOVED = "(removed)"
 
 _TOKENS = re.compile(
-    r"\b(?:hf_|ghp_|gho_|ghs_|github_pat_|glpat-|xox[abeprs]-|sk-|pypi-|AKIA|ASIA|AIza)"
-    r"[A-Za-z0-9_-]{16,}"
+    r"\b(?:(?:hf|ghp|gho|ghu|ghs|ghr)_[A-Za-z0-9]{16,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"|xox[abeprs]-[A-Za-z0-9-]{10,}|sk-(?=[\w-]*\d)[\w-]{20,}|pypi-AgE[\w-]{16,}"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}\b|AIza[\w-]{30,})"
     r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}"  # JSON web token
     r"|-----BEGIN[A-Z ]* PRIVATE KEY-----[\s\S]*?(?:-----END[A-Z ]* PRIVATE KEY-----|\Z)"
 )
@@ -29,7 +30,7 @@ _ASSIGNED = re.compile(
 )
 _OPTION = re.compile(rf"(?i)(?P<name>--[\w.-]*{_SECRET}[ \t]+[\"']?)(?P<value>{_VALUE})")
 _NAME = re.compile(rf"(?i).*{_SECRET}")
-_VARIABLE = re.compile(r"(?i).*(?:token|secret|passw|credential|key|auth).*")
+_VARIABLE = re.compile(r"(?i).*(?:token|secret|passw|credential|key|auth(?!or)).*")
 _SHORTEST = 8  # characters of a secret; shorter values occur in other text
 _HOME = re.compile(
     r"(?<![\w.~-])(?:/(?:var/)?home/[^/\s\"':]+|/Users/[^/\s\"':]+|/root(?=[/\s\"':,]|$)"

@@ -50,14 +50,14 @@ _MAX_EXPERIMENT_BYTES = 1 << 20
 def model_facts(model: torch.nn.Module, name: str, **facts: Any) -> ModelFacts:
     """Return the facts of a model's card; ``facts`` are further fields of `ModelFacts`."""
     kind = plain_class(model)
-    reference = f"{kind.__module__}:{kind.__qualname__}"
+    is_of_script = kind.__module__ == "__main__"
+    reference = kind.__qualname__ if is_of_script else f"{kind.__module__}:{kind.__qualname__}"
     roots = {base.__module__.partition(".")[0] for base in kind.__mro__}
     library = next((each for each in _LIBRARIES if each in roots), "pytorch")
     if has_own_writer(model):
-        usage = (
-            f"from {kind.__module__} import {kind.__qualname__}\n\n"
-            f'model = {kind.__qualname__}.from_pretrained("FOLDER_OR_REPOSITORY")'
-        )
+        usage = f'model = {kind.__qualname__}.from_pretrained("FOLDER_OR_REPOSITORY")'
+        if not is_of_script:
+            usage = f"from {kind.__module__} import {kind.__qualname__}\n\n{usage}"
     elif callable(getattr(model, "predict_actions", None)):
         library = PROJECT
         usage = (

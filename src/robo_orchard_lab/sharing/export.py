@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from robo_orchard_lab.experiment.build import with_data
 from robo_orchard_lab.experiment.config import ExperimentConfig
 from robo_orchard_lab.experiment.construction import building
 from robo_orchard_lab.experiment.initial_weights import SavedWeights
@@ -54,8 +55,11 @@ def export_checkpoint(
     saved = SavedWeights.from_checkpoint(checkpoint)
     model = None
     if experiment is not None and experiment.model is not None:
-        with experiment.located(), building("model"):
-            model = experiment.model()
+        with experiment.located():
+            described = with_data(experiment).model
+            assert described is not None
+            with building("model"):
+                model = described()
         saved.load_into(model)
         model.eval()
     about: dict[str, Any] = {

@@ -26,13 +26,22 @@ from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, RUN_STATE, START
 from robo_orchard_lab.pipeline.checkpoint.manifest import CHECKPOINTS_FOLDER, MANIFEST_FILE
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.model_card import CARD_FILE, shareable_command
-from robo_orchard_lab.report.files import Problems, mapping, read_bytes, read_object
+from robo_orchard_lab.pipeline.pretrained_folder import MODEL_FOLDER
+from robo_orchard_lab.report.files import (
+    Problems,
+    inside,
+    mapping,
+    read_bytes,
+    read_object,
+    text,
+)
 from robo_orchard_lab.report.page import REPORT_FILE, embeddable, read_document, to_html
 from robo_orchard_lab.report.story import read_configuration
 
 SUFFIXES = (".json", ".jsonl", ".md", ".model", ".safetensors", ".txt", ".yaml", ".yml")
 """Files of a repository that `pull` accepts: data, no code, no pickle and no page."""
 _MODEL_SUFFIXES = (".json", ".md", ".model", ".safetensors", ".txt")
+_TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml")
 _START = re.compile(r"[0-9]{4,9}\.json")
 _OF_START = ("version", "started_at", "processes", "versions", "changes")
 _MAX_STARTS = 100
@@ -93,12 +102,22 @@ def shareable_files(folder: Path, model: Path, checkpoints: Sequence[Path] = ())
     return shared
 
 
+def model_folder(folder: Path) -> Path:
+    """Return the folder of a run's exported model: that of its `SaveModel`, or the default."""
+    document = read_configuration(folder, Problems()).document
+    for hook in mapping(document.get("hooks")).values():
+        path = mapping(hook).get("folder")
+        if text(mapping(hook).get("class_type")).endswith("SaveModel") and isinstance(path, str):
+            return inside(folder, path) or folder / MODEL_FOLDER
+    return folder / MODEL_FOLDER
+
+
 def _regular_files(folder: Path, shared: SharedFiles) -> Iterator[tuple[str, Path]]:
     """Yield name and path of each regular file below a folder; no link is followed."""
-    for inside, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            path = Path(inside, name)
+            path = Path(parent, name)
             if name.startswith("."):
                 continue
             if _is_regular(path):
@@ -162,19 +181,19 @@ def _json(value: Any) -> bytes:
 def _check(shared: SharedFiles) -> None:
     """Refuse secrets, and note home folders, in files that are shared as they are."""
     for name, file in shared.files.items():
-        if not name.endswith((".json", ".md", ".yaml")) or name.startswith(f"{STARTS}/"):
+        if not name.endswith(_TEXTS) or name.startswith(f"{STARTS}/"):
             continue
         if not isinstance(file, bytes) and file.stat().st_size > _MAX_TEXT_BYTES:
             continue
         data = file if isinstance(file, bytes) else file.read_bytes()
-        text = data.decode("utf-8", "replace")
-        if (line := find_secret(text)) is not None:
+        content = data.decode("utf-8", "replace")
+        if (line := find_secret(content)) is not None:
             place = file if isinstance(file, Path) else name
             raise PipelineConfigError(
                 f"{place}:{line}: found a token, a password or the value of a secret environment "
                 "variable; nothing was pushed; remove it from the file, and revoke it"
             )
-        if text != shareable_text(text):
+        if content != shareable_text(content):
             what = "a checkpoint's command" if name.endswith(MANIFEST_FILE) else name
             if name == CARD_FILE:
                 what = "the model card, which was edited"

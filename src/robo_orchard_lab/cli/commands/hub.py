@@ -184,13 +184,13 @@ def _collect(
     from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints, list_checkpoints
     from robo_orchard_lab.experiment.run_folder import NoRunError
     from robo_orchard_lab.pipeline.checkpoint.manifest import step_from_name
-    from robo_orchard_lab.pipeline.pretrained_folder import CARD_FILE, MODEL_FOLDER
+    from robo_orchard_lab.pipeline.pretrained_folder import CARD_FILE
     from robo_orchard_lab.report.files import Problems
     from robo_orchard_lab.report.story import read_configuration
     from robo_orchard_lab.sharing.export import changed_card, is_evaluated_alike
-    from robo_orchard_lab.sharing.shareable import shareable_files
+    from robo_orchard_lab.sharing.shareable import model_folder, shareable_files
 
-    model = folder / MODEL_FOLDER
+    model = model_folder(folder)
     has_model = (model / CARD_FILE).is_file() and not best and run.resolve() == folder.resolve()
     checkpoint, saved = None, []
     try:
@@ -199,7 +199,7 @@ def _collect(
         saved = [info.path for info in list_checkpoints(found.root).infos]
     except NoRunError as error:
         if not has_model:
-            error.problem += f", and no {MODEL_FOLDER}; add the hook SaveModel to the run"
+            error.problem += f", and there is no {model}; add the hook SaveModel to the run"
             raise
     if not has_model:
         assert checkpoint is not None
