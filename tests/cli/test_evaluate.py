@@ -136,7 +136,10 @@ def test_predict_writes_each_sample_in_order(capsys: pytest.CaptureFixture[str])
         (["test", "run", "--best", "--weights", "average"], "name a checkpoint of the run"),
         (["test", "run/checkpoints/last", "--best"], "name the run folder, or leave out the best"),
         (["predict", "run", "--out", "p.npz"], "missing option '--data'"),
-        (["predict", "run", "--data", "vall", "--out", "p.npz"], "data.vall: the experiment has"),
+        (
+            ["predict", "run", "--data", "vall", "--out", "p.npz"],
+            "there is no data set 'vall'; did you mean 'val'?",
+        ),
         (["predict", "run", "--data", "val", "--out", "p.csv"], "ending in .jsonl, .npz"),
         (["predict", "nothing.yaml", "--data", "val", "--out", "p.npz"], "there is no nothing"),
         (

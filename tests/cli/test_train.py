@@ -473,6 +473,17 @@ def test_problems_are_found_before_the_first_step(
     assert not RUN.exists() or state()["progress"].get("global_step_id", 0) == 0
 
 
+def test_an_unknown_metric_of_an_option_names_the_option(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The error begins with the option, once."""
+    options = ["--checkpoint.keep_best=1", "--checkpoint.mode=min", "--checkpoint.monitor=los"]
+    assert main(["train", "spirals.yaml", *options]) == 2
+    assert (
+        "error: --checkpoint.monitor: no hook is known to publish 'los'" in capsys.readouterr().err
+    )
+
+
 def test_error_of_a_hook_has_its_place_in_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     """An error that a hook raises, and a file that a hook can't write, name file and line."""
     text = Path(FILE).read_text()

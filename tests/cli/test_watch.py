@@ -170,6 +170,16 @@ def test_measured_costs_are_shown(ended: Path) -> None:
     assert "ms a step" not in "\n".join(picture(ended))
 
 
+def test_a_word_of_no_metric_lists_the_metrics(
+    ended: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The picture of a run with metrics names those, if no name contains the word."""
+    assert main(["watch", str(ended), "--metric", "nothing"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no metric contains nothing; there are " in shown
+    assert "loss" in shown.partition("there are ")[2]
+
+
 def test_metrics_are_selected_by_words(ended: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--metric shows the metrics whose names contain one of the words."""
     assert main(["watch", str(ended), "--metric", "val", "--metric", "lr"]) == 0

@@ -58,7 +58,7 @@ def check_target(path: Path, *, force: bool) -> None:
     if os.path.lexists(path) and not force:
         raise CommandError(f"{path} already exists", "--force replaces it")
     if not path.parent.is_dir():
-        raise CommandError(f"there is no folder {path.parent}")
+        raise CommandError(f"there is no folder {path.parent}", f"mkdir -p {path.parent}")
 
 
 def exit_code_of(error: BaseException) -> int:

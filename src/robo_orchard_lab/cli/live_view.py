@@ -135,7 +135,12 @@ class LiveView:
         """Draw as many curves as fit, in a grid; the axis below is the same for all."""
         names = self._shown_names()
         if not names or room < _MIN_CHART_ROWS + 1:
-            return [Text("no metrics yet", "dim")] if room > 0 and not names else []
+            known = [*self._run.metrics.curves]
+            text = "no metrics yet"
+            if known and not names:
+                words = ", ".join(self._metrics)
+                text = f"no metric contains {words}; there are {', '.join(known)}"
+            return [Text(one_line(text), "dim")] if room > 0 and not names else []
         columns = min(len(names), max(1, (width + _GAP) // (_MIN_CHART_COLUMNS + _GAP)), 3)
         rows = min(-(-len(names) // columns), max(1, (room - 1) // _MIN_CHART_ROWS))
         height = min(_MAX_CHART_ROWS, (room - 1) // rows)

@@ -196,6 +196,9 @@ class ExperimentConfig(ExperimentFields):
         error = ConfigError("", path)
         if self.document is not None:
             self.document.locate(error)
+        option = f"--{error.location}"
+        if error.source == f"command line: {option}":
+            return option
         return f"{error.source}: {error.location}" if error.source else error.location
 
     def build(self, **live: Unpack[LiveObjects]) -> BuiltExperiment:

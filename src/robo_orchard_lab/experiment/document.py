@@ -115,7 +115,7 @@ def _read_bytes(path: Path, size: int) -> bytes:
     except (OSError, ValueError) as error:  # also a name that no file can have
         raise ConfigError(f"can't be read: {getattr(error, 'strerror', error)}") from error
     if not is_regular:
-        raise ConfigError("is not a regular file")
+        raise ConfigError("is not a regular file; expected an experiment file")
     if len(content) > size:
         raise ConfigSyntaxError(
             f"exceeds the limit of {MAX_FILE_BYTES} bytes for an experiment with its base files"

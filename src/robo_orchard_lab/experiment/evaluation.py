@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from robo_orchard_core.utils.config import ConfigFieldError
-from robo_orchard_core.utils.config.errors import suggest_name, unknown_field
+from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_lab.experiment.build import (
     make_accelerator,
     make_hook,
@@ -58,7 +58,7 @@ def best_weights(
     except NoRunError:
         raise NoRunError(
             f"the best weights of {run_folder} are unknown: it has no file of a KeepBest and no "
-            "checkpoint.monitor"
+            "checkpoint.monitor; omit --best for the newest checkpoint"
         ) from None
 
 
@@ -220,7 +220,7 @@ def _validation_hooks(
     known = [*data.evaluation, *(data.test or ()), *own]
     for name in sets:
         if name not in known:
-            raise unknown_field(name, known, "the experiment", ("data", "evaluation"))
+            raise _unknown_set(name, known)
     if not (data.evaluation or own or sets):
         raise ConfigFieldError("there are no evaluation sets; add them to data.evaluation")
     found = found or {"evaluation": ValidationHookConfig()}
@@ -265,6 +265,12 @@ def _loaders(experiment: ExperimentConfig, names: Collection[str]) -> dict[str, 
     return loaders
 
 
+def _unknown_set(name: str, known: Collection[str]) -> ConfigFieldError:
+    return ConfigFieldError(
+        f"there is no data set {name!r}; {suggest_name(name, known, 'expected one of')}"
+    )
+
+
 def _find_set(experiment: ExperimentConfig, name: str) -> tuple[tuple[str, ...], LoaderConfig]:
     """Return the path and the configuration of a set by its name."""
     data = experiment.data
@@ -273,7 +279,7 @@ def _find_set(experiment: ExperimentConfig, name: str) -> tuple[tuple[str, ...],
         for each, loader in (getattr(data, kind) or {}).items():
             sets[each] = (("data", kind, each), loader)
     if name not in sets:
-        raise unknown_field(name, sets, "the experiment", ("data",))
+        raise _unknown_set(name, sets)
     path, loader = sets[name]
     if loader is None:
         raise ConfigFieldError("is null; predict in the script that passes it to build()", path)

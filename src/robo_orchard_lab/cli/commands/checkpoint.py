@@ -60,6 +60,9 @@ def checkpoint() -> None:
 def list_(path: str, as_json: bool) -> None:
     """List the checkpoints of a run, oldest first.
 
+    \b
+      robo-orchard-lab checkpoint list runs/spirals
+
     PATH is the folder of a run, or of its checkpoints. A checkpoint is "complete" if all files
     exist with the right sizes; `checkpoint verify` also compares their digests. "not finite" names
     the first weight or optimizer state with a NaN or infinity, or the losses since the last save.
@@ -133,6 +136,10 @@ def list_(path: str, as_json: bool) -> None:
 def show(path: str, best: bool, tensors: bool, as_json: bool) -> None:
     """Show the origin, the files and the tensors of a checkpoint.
 
+    \b
+      robo-orchard-lab checkpoint show runs/spirals --best
+      robo-orchard-lab checkpoint show runs/spirals/checkpoints/step_00000300
+
     PATH is a checkpoint, or the folder of a run, for its newest intact checkpoint.
     """
     from robo_orchard_lab.experiment.run_checkpoints import find_checkpoints
@@ -198,6 +205,9 @@ def _lines(contents: Contents) -> Iterator[tuple[str, str]]:
 @json_option
 def verify(path: str, as_json: bool) -> int:
     """Verify the digest of every file of checkpoints.
+
+    \b
+      robo-orchard-lab checkpoint verify runs/spirals
 
     PATH is the folder of a run, of its checkpoints, or a checkpoint. Exits with 1 if a checkpoint
     is damaged, or if there is none.

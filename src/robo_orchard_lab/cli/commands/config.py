@@ -15,7 +15,12 @@ from robo_orchard_core.utils.config import ConfigError
 from robo_orchard_core.utils.config.errors import dotted, shorten
 from robo_orchard_core.utils.config.parts import PART_KEYS
 from robo_orchard_lab.cli.commands import Command, CommandGroup
-from robo_orchard_lab.cli.errors import CommandError, ExitCode, config_error_line
+from robo_orchard_lab.cli.errors import (
+    CommandError,
+    ExitCode,
+    check_target,
+    config_error_line,
+)
 from robo_orchard_lab.cli.experiment_arguments import (
     ExperimentArguments,
     ExperimentCommand,
@@ -46,6 +51,10 @@ def config() -> None:
 def init(file: Path) -> None:
     """Write a commented example FILE.
 
+    \b
+      robo-orchard-lab config init
+      robo-orchard-lab config init digits.yaml
+
     FILE is experiment.yaml by default. Its experiment trains in seconds. An existing file is never
     replaced.
     """
@@ -70,6 +79,10 @@ def init(file: Path) -> None:
 @json_option
 def check(files: tuple[Path, ...], as_json: bool, experiment: ExperimentArguments) -> int:
     """Check FILES and print all errors.
+
+    \b
+      robo-orchard-lab config check experiment.yaml
+      robo-orchard-lab config check *.yaml --json
 
     Exits with 2 if a file has errors. Trusted code that a file names is imported; nothing is built.
     """
@@ -117,6 +130,10 @@ def show(
 ) -> None:
     """Show the complete experiment of FILE, with bases, overrides and defaults.
 
+    \b
+      robo-orchard-lab config show wide.yaml
+      robo-orchard-lab config show wide.yaml --trainer.max_epoch 3 --origins
+
     The output is an experiment file of the same run, as a run keeps it in its folder.
     """
     if origins and format_ is not None:
@@ -159,6 +176,10 @@ def _text(value: Any) -> str:
 def diff(before: Path, after: Path, as_json: bool, experiment: ExperimentArguments) -> None:
     """Show the differences between BEFORE and AFTER, and whether a run can resume.
 
+    \b
+      robo-orchard-lab config diff experiment.yaml wide.yaml
+      robo-orchard-lab config diff runs/spirals/config.yaml experiment.yaml --optimizer.lr 0.1
+
     A run of BEFORE can resume as AFTER if all differences are "harmless". A "trajectory" difference
     changes the trained weights; an "impossible" one prevents a resume. Field options override AFTER
     alone.
@@ -198,6 +219,10 @@ def _part_text(value: Any) -> str:
 def schema(output: Path | None, trust: tuple[str, ...]) -> None:
     """Write the JSON Schema of experiment files, for completion and checks in editors.
 
+    \b
+      robo-orchard-lab schema --output experiment.schema.json
+      robo-orchard-lab schema --trust my_team.hooks:Greeter
+
     The schema has the fields of your own classes that you trust by name, as in
     --trust my_team.hooks:Greeter. Of a trusted package, it accepts any class.
 
@@ -208,6 +233,8 @@ def schema(output: Path | None, trust: tuple[str, ...]) -> None:
     from robo_orchard_lab.experiment.catalogue import ExperimentTrust
     from robo_orchard_lab.experiment.schema import experiment_schema
 
+    if output is not None:
+        check_target(output, force=True)
     trusted = ExperimentTrust.of(trust)
     trusted.make_local_modules_importable()
     document = experiment_schema(trust=trusted.names)

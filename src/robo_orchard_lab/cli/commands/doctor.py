@@ -41,6 +41,10 @@ _TIMEOUT_S = 120
 def doctor(as_json: bool) -> int:
     """Show versions, devices and missing packages, with the command that installs them.
 
+    \b
+      robo-orchard-lab doctor
+      robo-orchard-lab doctor --json
+
     Exits with 1 if a required package is missing or broken. Works also if torch can't be imported.
     """
     try:

@@ -41,7 +41,12 @@ def hooks() -> None:
 @hooks.command("list")
 @json_option
 def list_(as_json: bool) -> None:
-    """List the built-in hooks with a description."""
+    """List the built-in hooks with a description.
+
+    \b
+      robo-orchard-lab hooks list
+      robo-orchard-lab hooks list --json
+    """
     from robo_orchard_lab.experiment.inspection import hook as describe
     from robo_orchard_lab.experiment.inspection import hook_summaries
 
@@ -133,6 +138,10 @@ def _entry_name(name: str) -> str:
 @click.option("--mermaid", is_flag=True, help="Print a flowchart for Mermaid (mermaid.js.org).")
 def plan(file: Path, as_json: bool, mermaid: bool, experiment: ExperimentArguments) -> None:
     """Show the hooks that run for FILE: channel, order, trigger, source line and effects.
+
+    \b
+      robo-orchard-lab hooks plan experiment.yaml
+      robo-orchard-lab hooks plan experiment.yaml --hooks.stats=null --mermaid
 
     The first hook of a channel is the outermost: its before runs first, its after runs last. Where
     a hook appears first, the plan shows what the hook reads, changes and requests. The hooks are

@@ -174,7 +174,12 @@ def run(
 @_study_option
 @json_option
 def show(folder: Path, storage: str | None, study: str | None, as_json: bool) -> None:
-    """Show the ranking of the sweep in FOLDER, and the command that repeats the best run."""
+    """Show the ranking of the sweep in FOLDER, and the command that repeats the best run.
+
+    \b
+      robo-orchard-lab sweep show sweeps/spirals
+      robo-orchard-lab sweep show sweeps/spirals --json
+    """
     _require_optuna()
     import optuna
 

@@ -245,7 +245,7 @@ def test(
 @click.option(
     "--weights", metavar="HOOK", help="Hook whose weights to use, such as EMA, not the model's own."
 )
-@_with(*_weights_options)
+@_with(*_weights_options, json_option)
 def predict(
     run_or_file: str,
     experiment: ExperimentArguments,
@@ -254,6 +254,7 @@ def predict(
     weights: str | None,
     best: bool,
     max_batches: int | None,
+    as_json: bool,
 ) -> None:
     """Write the outputs of a run's model for each sample of a set.
 
@@ -271,8 +272,13 @@ def predict(
     check_suffix(out)
     config, saved = _load_weights(run_or_file, experiment, best)
     predictions = evaluation.predict(config, saved, data, weights=weights, max_batches=max_batches)
-    if training.is_first_rank():
-        predictions.save(out)
+    if not training.is_first_rank():
+        return
+    predictions.save(out)
+    if as_json:
+        found = {"path": str(out), "weights": str(saved.path), "samples": len(predictions)}
+        print_json({**found, "outputs": [*predictions.outputs]})
+    else:
         names = ", ".join(predictions.outputs)
         say(f"{out}: {names} of {count_text(len(predictions), 'sample')} by {saved.path}")
 

@@ -121,7 +121,9 @@ class TimeLimit(PipelineHooks):
         else:
             self._end_at = psutil.Process().create_time() + self._limit_s
         left_s = self._end_at - time.time()
-        logger.info("%s: %.0f s left, %g s of these for saving", self.name, left_s, self._margin_s)
+        logger.info(
+            "%s: %.0f s left, %g s of these for saving", self.name, max(0, left_s), self._margin_s
+        )
         return topic
 
     def _left_s(self) -> float:
