@@ -25,6 +25,7 @@ from robo_orchard_lab.pipeline.checkpoint import CheckpointStore, pack_weights, 
 from robo_orchard_lab.pipeline.distributed.agreement import Agreement
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks
 from robo_orchard_lab.pipeline.metrics import MetricsBoard
+from robo_orchard_lab.pipeline.metrics.accumulators import host_value
 from robo_orchard_lab.pipeline.sharding import non_finite_weights
 from robo_orchard_lab.pipeline.trainer.rank_consistency import ReplicaCheck
 
@@ -243,7 +244,8 @@ def count_host_reads(device: str | torch.device | None = None) -> Iterator[list[
     ``unique``, indexing by a mask). A result of ``cpu``, and any tensor computed from such results
     alone, is on the host: reading it again does not count.
 
-    Not counted are ``torch.cuda.synchronize``, waits for events and streams, other threads, and
+    Not counted are reads of CPU tensors by ``host_value``, which waits for no device, and
+    ``torch.cuda.synchronize``, waits for events and streams, other threads, and
     ``.to("cpu")`` of a CPU tensor.
 
     Args:
@@ -266,7 +268,11 @@ class _Recorder:
         """Execute a read; record the read, except a nested read or a read on the host."""
         if self._is_nested:
             return call()
-        if self._device_type in (None, tensor.device.type) and not self._is_on_host(tensor):
+        if (
+            self._device_type in (None, tensor.device.type)
+            and not self._is_on_host(tensor)
+            and not _is_within(host_value.__code__)
+        ):
             self.reads.append(trace_call(what))
         self._is_nested = True
         try:
@@ -287,6 +293,13 @@ class _Recorder:
 
     def _is_on_host(self, tensor: torch.Tensor) -> bool:
         return self._on_host.get(id(tensor)) is tensor
+
+
+def _is_within(code: CodeType) -> bool:
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

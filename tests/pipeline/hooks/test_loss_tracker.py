@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from robo_orchard_core.utils.hook import later_errors
 from robo_orchard_lab.pipeline import PipelineHookArgs, PipelineHooks, SimpleBatchProcessor
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
-from robo_orchard_lab.pipeline.hooks.loss_tracker import LossTracker, LossTrackerConfig
+from robo_orchard_lab.pipeline.hooks.loss_tracker import LossMean, LossTracker, LossTrackerConfig
 from robo_orchard_lab.pipeline.metrics import MetricValueError
 from robo_orchard_lab.testing import (
     assert_no_device_sync,
@@ -78,11 +78,34 @@ def test_means_equal_a_plain_loop(every: int) -> None:
         assert notes.logged["loss/total_epoch"] == approx(epochs)
 
 
-def test_long_window_is_exact() -> None:
+class OnDevice(torch.Tensor):
+    """CPU tensor that stands for a tensor on a device, which a hook must not read."""
+
+    is_cpu = False
+
+
+class Plain(SimpleBatchProcessor):
+    """Batch processor whose losses are on the CPU, or stand for losses on a device."""
+
+    def __init__(self, kind: type[torch.Tensor]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, model: Any, batch: Any) -> Any:
+        return None, model(batch[0]).square().mean().as_subclass(self.kind)
+
+
+on_both = pytest.mark.parametrize("kind", [torch.Tensor, OnDevice], ids=["cpu", "device"])
+
+
+@on_both
+def test_long_window_is_exact(kind: type[torch.Tensor]) -> None:
     """A window with more steps than slots has the same mean at every length."""
     notes = Notes("at steps 64, 129, 130, 195")
     loader = make_loader(batches=30, batch_size=2, rest=1)
-    make_trainer([notes, LossTrackerConfig()], loader=loader, max_step=195)()
+    make_trainer(
+        [notes, LossTrackerConfig()], loader=loader, max_step=195, batch_processor=Plain(kind)
+    )()
     ends = [0, 64, 129, 130, 195]
     assert notes.logged["loss/total"] == approx(
         {end: mean(notes.losses[a:end]) for a, end in pairwise(ends)}
@@ -92,14 +115,20 @@ def test_long_window_is_exact() -> None:
 class Weighing(SimpleBatchProcessor):
     """Batch processor with loss weights; losses with weight 0 are NaN."""
 
+    def __init__(self, kind: type[torch.Tensor] = torch.Tensor) -> None:
+        super().__init__()
+        self.kind = kind
+
     def forward(self, model: Any, batch: Any) -> Any:
         loss = model(batch[0]).square().mean()
         weight = (batch[0][0, 0].abs() * 10).int() % 4
-        loss = torch.where(weight > 0, loss, loss + math.nan)
+        loss = torch.where(weight > 0, loss, loss + math.nan).as_subclass(self.kind)
+        weight = weight.as_subclass(self.kind)
         return {"half": loss / 2}, loss, weight
 
 
-def test_means_are_weighted() -> None:
+@on_both
+def test_means_are_weighted(kind: type[torch.Tensor]) -> None:
     """Means are weighted, also over more steps than slots; weight 0 is ignored."""
     notes = Notes("at steps 64, 129, 130, 195")
     weighed: list[tuple[float, int]] = []
@@ -107,7 +136,7 @@ def test_means_are_weighted() -> None:
     make_trainer(
         [notes, LossTrackerConfig(losses_key="")],
         loader=make_loader(batches=30, batch_size=2, rest=1),
-        batch_processor=Weighing(),
+        batch_processor=Weighing(kind),
         max_step=195,
     )()
     assert {weight for _, weight in weighed} == {0, 1, 2, 3}
@@ -295,11 +324,24 @@ def test_invalid_fields_are_refused(fields: dict[str, Any], message: str) -> Non
         LossTrackerConfig(**fields)
 
 
-def test_resume_keeps_loss_weights() -> None:
+@on_both
+def test_resume_keeps_loss_weights(kind: type[torch.Tensor]) -> None:
     """A run resumed within a window of weighted losses is exact."""
     assert_state_round_trip(
-        LossTrackerConfig(losses_key=""), log_every="3 steps", batch_processor=Weighing()
+        LossTrackerConfig(losses_key=""), log_every="3 steps", batch_processor=Weighing(kind)
     )
+
+
+def test_loss_on_the_cpu_counts_like_its_number() -> None:
+    """The means of CPU tensors equal the means of their numbers, and leave no tensor behind."""
+    of_tensors, of_numbers = LossMean("a"), LossMean("a")
+    for number in torch.rand(100, generator=torch.Generator().manual_seed(0)).tolist():
+        of_tensors.add(torch.tensor(number, requires_grad=True), torch.tensor(3))
+        of_numbers.add(number, 3.0)
+    assert of_tensors.state_dict() == of_numbers.state_dict()
+    assert of_tensors.check_finite()
+    of_tensors.add(torch.tensor(math.inf), 1)
+    assert not of_tensors.check_finite()
 
 
 @pytest.mark.parametrize("key", [None, ""])
@@ -314,10 +356,15 @@ def test_resumed_run_publishes_the_same_values(key: str | None) -> None:
     )
 
 
-def test_resume_with_full_slots_is_exact() -> None:
+@on_both
+def test_resume_with_full_slots_is_exact(kind: type[torch.Tensor]) -> None:
     """A run saved with all slots filled resumes exactly."""
     assert_state_round_trip(
-        LossTrackerConfig(), steps=70, log_every="70 steps", stop_at=[63, 64, 65]
+        LossTrackerConfig(),
+        steps=70,
+        log_every="70 steps",
+        stop_at=[63, 64, 65],
+        batch_processor=Plain(kind),
     )
 
 
@@ -341,6 +388,8 @@ def test_hook_does_not_affect_training() -> None:
     values = {"twice": lambda loss: loss * 2}
     cfg, processor = LossTrackerConfig(losses_key=""), named(lambda x: x, values)
     assert_no_device_sync(cfg, steps=70, log_every="20 steps", batch_processor=processor)
+    weighing = Weighing(OnDevice)
+    assert_no_device_sync(cfg, steps=70, log_every="20 steps", batch_processor=weighing)
     assert_weights_unchanged(cfg, batch_processor=processor)
 
 

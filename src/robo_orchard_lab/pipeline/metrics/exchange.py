@@ -198,6 +198,8 @@ def read_values(
     Raises:
         ValueError: ranks published one name with different reductions.
     """
+    if not deferred and (accelerator is None or accelerator.num_processes == 1):
+        return _read_alone(accumulators)
     layout = []  # name, reduction, number of numbers and of tensors of each accumulator
     numbers: list[float] = []
     scalars: list[torch.Tensor] = []
@@ -219,6 +221,17 @@ def read_values(
         reduced = reduce_states(tensors, [reduce for _, reduce in own])
         values += [MetricValue(n, float(v), step) for n, v in metrics.values(reduced).items()]
         begin = end
+    return values
+
+
+def _read_alone(accumulators: Mapping[str, Accumulator]) -> list[MetricValue]:
+    """Read the accumulators of the only rank: a single transfer, if there is a tensor."""
+    scalars = [tensor for each in accumulators.values() for tensor in each.tensors()]
+    on_host = iter(_stack(scalars).tolist() if scalars else ())  # a device sync
+    values = []
+    for name, each in accumulators.items():
+        rank = each.numbers(), [*islice(on_host, len(each.tensors()))]
+        values.append(MetricValue(name, combine(each.reduce, [rank]), each.step))
     return values
 
 
