@@ -68,7 +68,7 @@ for path in sorted((folder / "runs/spirals").iterdir()):
 # ------------------
 # ``watch`` draws the curves of a run in the terminal, also while the run trains.
 
-run("robo-orchard-lab watch runs/spirals --once --metric loss")
+run("robo-orchard-lab watch runs/spirals --once --metric val/loss")
 
 # %%
 # ``read_metrics`` reads the same numbers for a plot of your own. A record has the
@@ -155,8 +155,9 @@ plt.show()
 # %%
 # Next
 # ----
-# - ``train`` again, after an interruption or Ctrl-C, continues the run exactly: see
-#   the tutorial *Kill a run, resume it, prove it*.
-# - ``--trainer.max_epoch 40`` on the command line changes a field of the file: see
-#   *Describe an experiment in a file*.
-# - ``robo-orchard-lab view runs`` serves the reports of all runs to your browser.
+# - ``--trainer.max_epoch 40`` on the command line changes a field of the file:
+#   :doc:`2_experiment_files`.
+# - ``train`` again, after an interruption or Ctrl-C, continues the run exactly:
+#   :doc:`5_kill_and_resume`.
+# - ``robo-orchard-lab view runs`` serves the reports of all runs to your browser:
+#   :doc:`/how_to/report`.

@@ -9,6 +9,8 @@ finds it in the tree of all hooks, and runs it. The second half is about the rul
 that make hooks safe to combine: order, failures, state, requests and triggers.
 """
 
+# sphinx_gallery_thumbnail_path = 'images/channels.svg'
+
 # %%
 # A training to extend
 # --------------------
@@ -117,10 +119,10 @@ from robo_orchard_lab.pipeline.hooks.mixin import (
     PipelineHooksConfig,
 )
 
-logging.basicConfig(
-    level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True
-)
 logger = logging.getLogger("mean_loss")
+logger.setLevel(logging.INFO)
+logger.handlers = [logging.StreamHandler(sys.stdout)]
+logger.propagate = False
 
 
 class MeanLossHook(PipelineHooks):
@@ -265,7 +267,7 @@ from pathlib import Path
 
 from robo_orchard_lab.pipeline.hooks import SaveCheckpointConfig
 
-logging.getLogger("robo_orchard_lab").setLevel(logging.WARNING)
+logging.getLogger("robo_orchard_lab").setLevel(logging.WARNING)  # only our lines
 folder = Path(tempfile.mkdtemp(prefix="hooks-"))
 hooks = [ResumableMeanLossHookConfig(digits=3), SaveCheckpointConfig()]
 
@@ -342,6 +344,8 @@ except AssertionError as error:
 # %%
 # Next
 # ----
-# - *Your own model, data and hooks in a package* puts a hook into a module with tests,
-#   and names it in an experiment file.
-# - *Metrics and evaluation* publishes values instead of logging them.
+# - :doc:`4_metrics_and_evaluation` publishes values instead of logging them.
+# - :doc:`7_own_package` puts a hook into a module with tests, and names it in an
+#   experiment file.
+# - :doc:`/reference/channels` lists all channels and fields, :doc:`/reference/hooks`
+#   the hooks of the package.

@@ -222,6 +222,7 @@ plt.show()
 # %%
 # Next
 # ----
-# - The commands ``evaluate``, ``test`` and ``predict`` do the same for a saved run.
-# - A misspelled name in ``monitor`` is an error before the first step, with the names
-#   that exist.
+# - The commands ``evaluate``, ``test`` and ``predict`` do the same for a saved run:
+#   :doc:`/how_to/command_line`, :doc:`/how_to/predict`.
+# - ``SaveCheckpoint`` keeps the best checkpoint: :doc:`/how_to/best_checkpoint`.
+# - Images, videos and tables go to the report, too: :doc:`/how_to/media`.

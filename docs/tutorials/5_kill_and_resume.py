@@ -169,6 +169,28 @@ metrics = [
 print("metrics equal:", metrics[0] == metrics[1])
 
 # %%
+# The curves lie on each other, also where the second run was killed and continued:
+
+import matplotlib.pyplot as plt
+
+from robo_orchard_lab.pipeline.sinks import read_metrics
+
+figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+for name, style in (("straight", "C0-"), ("killed", "C1--")):
+    losses = [
+        (value.step, value.value)
+        for record in read_metrics(folder / name / "metrics.jsonl")
+        for value in record.values
+        if value.name == "loss/total"
+    ]
+    axes.plot(*zip(*losses, strict=True), style, linewidth=3, label=name)
+axes.axvline(100, color="gray", linestyle=":", label="checkpoint")
+axes.axvline(120, color="black", linestyle=":", label="SIGKILL")
+axes.set(xlabel="step", ylabel="loss", yscale="log")
+axes.legend()
+plt.show()
+
+# %%
 # A damaged checkpoint
 # --------------------
 # A checkpoint has a digest of each of its files. Here one byte of the newest one
@@ -240,3 +262,10 @@ if __name__ == "__main__":
     print(prove_resume("broken.py:build", steps=20, stops=[10]))
 """)
 run("python broken.py")
+
+# %%
+# Next
+# ----
+# - :doc:`/how_to/resume` has the rules: other workers, other batch sizes, another
+#   number of processes.
+# - :doc:`7_own_package` proves an experiment file, with ``prove-resume``.

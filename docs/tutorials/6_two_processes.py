@@ -101,7 +101,7 @@ PROGRAMS = {
 }
 
 
-def run(command: str, fails: bool = False) -> None:
+def run(command: str, fails: bool = False) -> list[str]:
     """Run a command in the folder, and print its lines, sorted by step and rank."""
     print(f"$ {command}")
     program, *words = shlex.split(command)
@@ -110,10 +110,12 @@ def run(command: str, fails: bool = False) -> None:
         words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert (done.returncode != 0) == fails, done.stderr
-    print("".join(sorted(done.stdout.splitlines(keepends=True))))
+    lines = sorted(done.stdout.splitlines())
+    print(*lines, sep="\n")
+    return lines
 
 
-run("python train.py runs/one")
+lines = run("python train.py runs/one")
 
 # %%
 # In two processes
@@ -123,7 +125,27 @@ run("python train.py runs/one")
 # samples, which two ranks can't share equally: each of them is used once, and none is
 # repeated to fill up a batch.
 
-run("torchrun --standalone --nproc-per-node 2 train.py runs/two")
+lines = run("torchrun --standalone --nproc-per-node 2 train.py runs/two")
+
+# %%
+# The samples of each step, colored by rank:
+
+import re
+
+import matplotlib.pyplot as plt
+
+_, axes = plt.subplots(figsize=(7, 2), layout="constrained")
+columns = [0, 0, 0]  # samples so far, by step
+for line in lines:
+    if found := re.match(r"step (\d), rank (\d): samples \[(.*)\]", line):
+        step, rank = int(found[1]), int(found[2])
+        for sample in found[3].split(", "):
+            box = {"boxstyle": "circle", "facecolor": f"C{rank}", "alpha": 0.4}
+            axes.text(columns[step], -step, f"{sample:>2}", ha="center", bbox=box)
+            columns[step] += 1
+axes.set(xlim=(-0.5, 7.5), ylim=(-2.5, 0.7), xticks=[])
+axes.set_yticks([0, -1, -2], ["step 0", "step 1", "step 2"])
+plt.show()
 
 # %%
 # The update of a step uses the mean over all its samples, wherever they were. The
@@ -162,7 +184,9 @@ import time
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
 start = time.monotonic()
-run("torchrun --standalone --nproc-per-node 2 train.py runs/broken fail", fails=True)
+lines = run(
+    "torchrun --standalone --nproc-per-node 2 train.py runs/broken fail", fails=True
+)
 print(f"ended after {time.monotonic() - start:.0f} seconds")
 
 error = read_run_state(folder / "runs/broken").error
@@ -179,10 +203,10 @@ print(error.hook)
 import shutil
 
 shutil.rmtree(folder / "runs/two/checkpoints/step_00000060")
-run("python train.py runs/two")
+lines = run("python train.py runs/two")
 
 # %%
 # Next
 # ----
-# - On two machines, or under SLURM, only the command changes.
-# - Models that are too large for one GPU are sharded with FSDP2.
+# - On two machines, or under SLURM, only the command changes: :doc:`/how_to/processes`.
+# - Models that are too large for one GPU are sharded: :doc:`/how_to/sharding`.

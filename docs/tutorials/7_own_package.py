@@ -73,9 +73,10 @@ class RingNet(torch.nn.Module):
 # %%
 # A hook
 # ------
-# The hook watches the loss, and counts steps whose loss is much higher than the running
-# mean. It declares what it reads and publishes, keeps its numbers on the device, and
-# saves them, as the tutorial *Write a hook* explains.
+# The first hook is small: constructor arguments are its settings. The second one
+# watches the loss, and counts steps whose loss is much higher than the running mean.
+# Its configuration has ranges; it declares what it reads and publishes, and saves its
+# state, as in :doc:`3_custom_hooks`.
 
 write(
     "my_team/hooks.py",
@@ -91,6 +92,18 @@ from robo_orchard_lab.pipeline.hooks.mixin import (
     PipelineHooks,
     PipelineHooksConfig,
 )
+
+
+class WeightNorm(PipelineHooks):
+    """Publish the norm of all weights."""
+
+    def __init__(self, every: str = "1 epoch") -> None:
+        super().__init__()
+        self.on_epoch.after(when=every)(self.publish)
+
+    def publish(self, args: PipelineHookArgs) -> None:
+        squares = [weight.detach().square().sum() for weight in args.model.parameters()]
+        args.metrics.publish("weight_norm", sum(squares).sqrt())
 
 
 class LossSpikes(PipelineHooks):
@@ -216,6 +229,7 @@ batch_processor:
 optimizer: {class_type: torch.optim:AdamW, lr: 0.01}
 hooks:
   spikes: {class_type: my_team.hooks:LossSpikes, factor: 2.5}
+  norm: {class_type: my_team.hooks:WeightNorm, every: 5 epochs}
   log:
     class_type: MetricsLogger
     every: 1 epoch
@@ -274,7 +288,24 @@ run("robo-orchard-lab hooks plan rings.yaml")
 
 # %%
 run("robo-orchard-lab train rings.yaml")
-run("robo-orchard-lab evaluate runs/rings")
+
+# %%
+# The metrics of your hooks are next to those of the package, in ``metrics.jsonl``, in
+# the report and in trackers:
+
+import matplotlib.pyplot as plt
+
+from robo_orchard_lab.pipeline.sinks import read_metrics
+
+records = read_metrics(folder / "runs/rings/metrics.jsonl")
+values = [value for record in records for value in record.values]
+names = ("eval/val/accuracy", "weight_norm", "loss/spikes")
+_, plots = plt.subplots(1, len(names), figsize=(8, 2.2), layout="constrained")
+for axes, name in zip(plots, names, strict=True):
+    points = [(value.step, value.value) for value in values if value.name == name]
+    axes.plot(*zip(*points, strict=True), ".-")
+    axes.set(title=name, xlabel="step")
+plt.show()
 
 # %%
 # Prove that the package resumes
@@ -290,3 +321,6 @@ run("robo-orchard-lab prove-resume rings.yaml --steps 30 --stops 1")
 # ``pip install -e .`` makes the package importable everywhere; without it, modules are
 # imported from the current folder, as here. The schema of files with your classes, for
 # completion in an editor: ``robo-orchard-lab schema --trust my_team.hooks:LossSpikes``.
+#
+# :doc:`/how_to/hooks` has the rules of hooks, :doc:`/how_to/experiments` those of
+# files.

@@ -305,6 +305,8 @@ show_strip(frames)
 # %%
 # Next
 # ----
-# - A diffusion policy is one line: ``class_type: DiffusionPolicy`` for the model.
+# - A diffusion policy is one line, ``class_type: DiffusionPolicy`` for the model:
+#   :doc:`/how_to/robot_learning`.
 # - The same steps with Meta-World's simulated arm are in ``examples/metaworld``:
 #   ``bash scripts/robot_demo.sh`` records, trains and evaluates in a few minutes.
+# - :doc:`/how_to/robot_data`, :doc:`/how_to/rollouts`

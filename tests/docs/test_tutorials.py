@@ -15,7 +15,7 @@ import pytest
 from sphinx_gallery.notebook import python_to_jupyter_cli  # type: ignore[import-untyped]
 
 TUTORIALS = Path(__file__).resolve().parents[2] / "docs" / "tutorials"
-QUICK = ("3_custom_hooks",)
+QUICK = ("3_custom_hooks", "4_metrics_and_evaluation")
 """Tutorials of the default suite: a few seconds each, without further processes."""
 NAMES = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
