@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install Chromium and axe-core, and run the tests of reports in the browser. From then on,
-# scripts/test.sh runs them, too.
+# Install Chromium and axe-core, and run the tests of reports and of the site in the browser. From
+# then on, scripts/test.sh runs them, too.
 #
 #     bash scripts/test_browser.sh
 #
@@ -18,4 +18,4 @@ if command -v npm >/dev/null && [ ! -e "$tools/node_modules/axe-core/axe.min.js"
     npm install --silent --prefix "$tools" axe-core@4
 fi
 cd "$checkout"
-exec "$python" -m pytest tests/report -m browser "$@"
+exec "$python" -m pytest tests/report tests/docs -m browser "$@"

@@ -1,7 +1,7 @@
 """Pages of the reference that are generated from the code, at each build.
 
-A page of ``reference/`` has a title and an introduction, and a comment ``generated: NAME`` where a
-function of this module writes the rest, in Markdown. The pages of the API are generated completely.
+A page of ``reference/`` has a title, an introduction, and a line with a comment ``generated: NAME``
+that a function of this module replaces, in Markdown. The pages of the API are generated completely.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from robo_orchard_lab.experiment.parts import (
 )
 
 SOURCES = Path(__file__).resolve().parents[1]
-MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.M)
+MARKER = re.compile(r"^.*<!-- generated: (\w+) -->$", re.M)
 PARTS = {"optimizer": OptimizerConfig, "lr_scheduler": LRSchedulerConfig}
 """Fields of a part that each class of the part has."""
 FIELDS_OF_CLASSES = ("class_type", "func")
