@@ -58,6 +58,7 @@ class HubStandIn:
         hold_put: Number of the upload from which on uploads wait for `release`, or None.
         cut_get: Bytes of a file after which the connection of a download is cut, once.
         hold_get: Bytes of a file after which a download waits for `release`, by file name.
+        damaged: Contents that downloads get in place of a file's, by file name.
         held: Set when an upload or download waits.
         race: Commits once to a repository when a client is about to commit.
     """
@@ -69,6 +70,7 @@ class HubStandIn:
         self.puts: list[str] = []
         self.hold_put: int | None = None
         self.cut_get: dict[str, int] = {}
+        self.damaged: dict[str, bytes] = {}
         self.hold_get: dict[str, int] = {}
         self.held = threading.Event()
         self.stored = threading.Event()
@@ -320,6 +322,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _RefusedError(404, "EntryNotFound", "Entry not found")
         data = files[path]
         etag = hashlib.sha256(data).hexdigest() if path.endswith(".safetensors") else _blob_id(data)
+        data = self.hub.damaged.get(path, data)
         start = 0
         if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
             start = int(found[1])

@@ -18,6 +18,7 @@ from typing import Any
 
 import pydantic
 import torch
+from safetensors import SafetensorError
 
 from robo_orchard_lab.pipeline.checkpoint import pack_weights
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
@@ -149,8 +150,11 @@ def folder_writer(
         copies = _host_copies(model, weights)
 
         def write(new: Path) -> None:
-            # In place of the model's own weights, which may be sharded, or not those of an EMA.
-            torch.func.functional_call(_Saver(model), dict(copies), (new,))
+            try:
+                # In place of the model's own weights, which may be sharded, or not those of an EMA.
+                torch.func.functional_call(_Saver(model), dict(copies), (new,))
+            except SafetensorError as error:  # as on a full disk
+                raise OSError(str(error)) from error
             _check_files(new, model, who)
     else:
         # "format" is required by transformers.

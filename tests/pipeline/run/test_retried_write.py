@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -111,6 +112,24 @@ def test_exported_model_is_complete_when_there_is_room(tmp_path: Path) -> None:
     run(tmp_path, disk, SaveModelConfig(every="3 steps", at_end=False), max_step=5)
     with safe_open(tmp_path / "pretrained_model" / "model.safetensors", "pt") as file:
         assert file.metadata()["global_step_id"] == "3"
+
+
+class Hub(torch.nn.Linear, PyTorchModelHubMixin):
+    """Model that writes its files itself, by safetensors."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__(width, 2)
+
+
+def test_model_that_writes_itself_is_complete_when_there_is_room(tmp_path: Path) -> None:
+    """The weights of the failed save are written later, not those of that time."""
+    found = []
+    hook = SaveModelConfig(every="3 steps", at_end=False)
+    for name, steps in (("full", {3: fill, 5: lambda: fill(LIMITS[0])}), ("room", {})):
+        torch.manual_seed(0)
+        run(tmp_path / name, during(steps), hook, model=Hub(), max_step=5)
+        found.append(Hub.from_pretrained(tmp_path / name / "pretrained_model").weight)
+    assert torch.equal(*found)
 
 
 def test_metrics_have_no_gap(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
