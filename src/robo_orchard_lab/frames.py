@@ -57,9 +57,9 @@ def uniform(values: Sequence[Any]) -> list[Any]:
     ([1.0, None, 0.5], ['1', 'auto', '[8, 8]', 'true'])
     """
     kinds = {type(value) for value in values if value is not None}
-    if kinds <= {int, float}:
-        is_float = float in kinds or any(abs(v) >= 2**63 for v in values if v is not None)
-        return [float(v) if is_float and v is not None else v for v in values]
+    is_large = any(type(value) is int and abs(value) >= 2**63 for value in values)
+    if kinds <= {int, float} and not is_large:
+        return [float(v) if float in kinds and v is not None else v for v in values]
     if len(kinds) == 1 and kinds <= {bool, str, datetime}:
         return [*values]
     return [v if v is None or isinstance(v, str) else plain_text(v) for v in values]
@@ -85,8 +85,9 @@ def _masked(values: Sequence[Any]) -> Column | None:
 def _pandas_column(pandas: Any, column: Column | Sequence[Any]) -> Any:
     masked = column if isinstance(column, tuple) else _masked(column)
     if masked is None:
-        is_date = any(isinstance(value, datetime) for value in column)
-        return pandas.to_datetime([*column], utc=True) if is_date else pandas.array(column, "str")
+        if any(isinstance(value, datetime) for value in column):
+            return pandas.to_datetime([*column], utc=True)
+        return pandas.array([*column], "string")
     values, known = masked
     if known.all():
         return values

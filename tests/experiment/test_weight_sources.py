@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
+from robo_orchard_core.utils.config.errors import ConfigError
 from robo_orchard_lab.experiment.initial_weights import load_weights
 from robo_orchard_lab.experiment.weight_sources import weights_file
 from robo_orchard_lab.pipeline.errors import CheckpointError, StateError
@@ -248,7 +249,7 @@ def test_a_folder_inside_a_run_is_not_the_run(tmp_path: Path) -> None:
         load_weights(net(), tmp_path / "old")
 
 
-@pytest.mark.parametrize("name", ["last.ckpt", "pytorch_model.bin", "old.pt", ".metadata"])
+@pytest.mark.parametrize("name", ["last.ckpt", "pytorch_model_fsdp.bin", "old.pt", ".metadata"])
 def test_no_pickle_is_read(name: str, tmp_path: Path) -> None:
     """A file that runs code when unpickled is refused by its name, alone and in its folder."""
 
@@ -296,3 +297,6 @@ def test_other_paths_are_not_files_of_others(tmp_path: Path) -> None:
     (tmp_path / "step_00000001" / "manifest.json").touch()
     (tmp_path / "step_00000001" / "model.safetensors").touch()
     assert weights_file(tmp_path) is None
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"or a folder with \*\.safetensors files$"):
+        load_weights(net(), tmp_path / "empty")

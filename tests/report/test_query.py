@@ -199,13 +199,16 @@ COLUMNS = ["run", "lr", "acc", "changed", "started", "hidden", "trainer.max_epoc
 def test_values_of_a_column_are_typed(runs: Path) -> None:
     """Numbers stay numbers, null is missing, and a column of several types is text."""
     polars = pytest.importorskip("polars")
-    frame = read_runs(runs, sort="run", columns=COLUMNS, frame="polars")
+    make_run(runs / "f", {"name": "g", "trainer": {"steps": 10**400}})
+    frame = read_runs(runs, where="name!=g", sort="run", columns=COLUMNS, frame="polars")
     kinds = [str(kind).partition("(")[0] for kind in frame.schema.values()]
     assert kinds == ["String", "String", "Float64", "Boolean", "Datetime", "String", "Int64"]
     assert frame["lr"].to_list() == ["0.1", "0.01", "auto", "1", None]
     assert repr(frame["acc"].to_list()) == repr([0.6, 0.9, math.nan, -math.inf, None])
     assert frame["hidden"].to_list() == ["[8, 8]", *[None] * 4]
     assert frame["started"].dt.day().to_list() == [1, 2, 3, 4, None]
+    large = read_runs(runs, columns=["trainer.steps"], sort="trainer.steps", frame="polars")
+    assert large["trainer.steps"].to_list()[-1] == "1" + "0" * 400
     assert read_runs(runs / "a", columns=["steps"], frame="polars").equals(
         polars.DataFrame({"steps": [3]})
     )

@@ -157,13 +157,16 @@ class SavedWeights:
             raise CheckpointError(
                 f"expected a run folder, a checkpoint or a *.safetensors file; there is no {path}"
             )
-        file = None if _is_own(path) else weights_file(path)
+        is_own = _is_own(path)
+        file = None if is_own else weights_file(path)
         if file is None and path.is_dir():
             try:
                 return cls.from_checkpoint(find_checkpoints(path).pick(best=best))
             except NoRunError as error:
                 if best:
                     error.problem += "; name the file of a KeepBest, or the newest checkpoint"
+                elif not is_own:
+                    error.problem += ", or a folder with *.safetensors files"
                 raise
         if file is None:
             folder = f", found a run's configuration; name its folder, {path.parent}"

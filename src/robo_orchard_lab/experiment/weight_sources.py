@@ -1,7 +1,7 @@
 """Files with weights that other programs write, on disk or on the Hugging Face Hub.
 
-Safetensors files are found by their names: of a `state` of Accelerate, a checkpoint of
-Transformers' Trainer, and a folder of the Hub. Pickle is refused with the command that converts it.
+Safetensors files are found by the names that Accelerate, Transformers and Diffusers give them.
+Pickle is refused with the command that converts it.
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ def _refuse_pickles(path: Path, names: Collection[str]) -> None:
     if _PICKLED_INDEX in names:
         shards = [path / n for n in names if re.fullmatch(r"pytorch_model-.*\.bin", n)]
         raise _pickled(path, shards, target)
-    if "pytorch_model.bin" in names:
-        raise _pickled(path, [path / "pytorch_model.bin"], target)
+    for name in ("pytorch_model.bin", "pytorch_model_fsdp.bin"):
+        if name in names:
+            raise _pickled(path, [path / name], target)
     if checkpoints := [path / name for name in names if name.endswith(".ckpt")]:
         newest = max(checkpoints, key=lambda file: file.stat().st_mtime)
         if newest.is_dir():

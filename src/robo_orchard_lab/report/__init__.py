@@ -7,6 +7,7 @@
 - ``position``: state, stage and counters of a run
 - ``live``: a run that is followed while its files change
 - ``listing``: the runs below a folder
+- ``fields``, ``query``: values of runs by name; conditions, columns, files and data frames
 - ``builds``: data of pages, made by other processes when a run changed
 - ``server``: server of the pages of a folder; imports starlette
 
