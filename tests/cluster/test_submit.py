@@ -153,7 +153,7 @@ def listed(capsys: pytest.CaptureFixture[str], run: Path = RUN) -> dict[str, Any
 
 def test_a_job_is_requeued_until_its_run_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     """A job with two requeues is one run, with the weights of an uninterrupted run."""
-    submit(*LOCAL, *interrupted(_5="limit", _17="again"))
+    submit(*LOCAL, *interrupted(_5="limit", _17="again"), "--resume", "never")
     assert f"{RUN}: local job {job_of().id}" in capsys.readouterr().out
     Path("spirals.yaml").write_text("changed after the submission")
     job = end()
@@ -270,11 +270,14 @@ def test_the_script_is_printed_without_slurm(
 ) -> None:
     """A dry run prints the script for sbatch; nothing is written."""
     options = ["--nodes", "2", "--gpus-per-node", "8", "--slurm", "exclusive", "--margin", "5min"]
+    options += ["--cpus-per-node", "64"]
     submit("--cluster", "slurm", *options, "--setup", "module load cuda", "--dry-run")
     lines = capsys.readouterr().out.splitlines()
     for option in ("nodes=2", "gpus-per-node=8", "ntasks-per-node=1", "signal=USR2@300"):
         assert f"#SBATCH --{option}" in lines
     assert "#SBATCH --exclusive" in lines
+    assert "#SBATCH --cpus-per-task=64" in lines
+    assert any("srun" in line and "--cpus-per-task=64" in line for line in lines)
     assert "module load cuda" in lines
     assert any(str(work / RUN / "submissions" / "0001") in line for line in lines)
     assert not Path("runs").exists()
@@ -291,6 +294,7 @@ def test_the_script_is_printed_without_slurm(
         (["--nodes", "2"], "expected one node for local processes, found 2"),
         (["--slurm", "mem=4G"], "expected no options of SLURM for a local job, found mem"),
         (["--cluster", "slurm", "--slurm", "time=5"], "the job sets time itself: pass --time"),
+        (["--cluster", "slurm", "--slurm", "=5"], "expected an option such as mem=64G, found ''"),
         (["--cluster", "slurm"], "srun"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,8 +47,10 @@ if TYPE_CHECKING:
 EXPERIMENT_FILE = "experiment.yaml"
 SUBMISSION_LOG = "submission.log"
 _LONGEST_MARGIN_S = 120.0
+_OPTION = re.compile(r"[a-z][a-z-]*")
 _OWN_OPTIONS = {
     "array": "one job trains one run",
+    "cpus-per-task": "pass --cpus-per-node",
     "error": "logs are in the run folder",
     "gpus-per-node": "pass --gpus-per-node",
     "job-name": "it is the name of the experiment",
@@ -78,6 +81,7 @@ class ClusterSettings:
             most a quarter of the limit.
         nodes: Number of machines.
         gpus_per_node: Number of GPUs of each machine.
+        cpus_per_node: Number of CPU cores of each machine; None for the default of SLURM.
         processes_per_node: Ranks on each machine; by default one for each GPU, at least one.
         max_requeues: Number of requeues after which the job fails.
         options: Further options of sbatch by name, without dashes; "" for a flag.
@@ -92,6 +96,7 @@ class ClusterSettings:
     margin_s: float | None = None
     nodes: int = 1
     gpus_per_node: int = 0
+    cpus_per_node: int | None = None
     processes_per_node: int | None = None
     max_requeues: int = 100
     options: Mapping[str, str] = field(default_factory=dict)
@@ -102,20 +107,23 @@ class ClusterSettings:
             object.__setattr__(self, "time_s", 60.0 * math.ceil(self.time_s / 60))
         if self.time_s < 1:
             raise SubmissionError(f"expected a time limit of >= 1 s, found {self.time_s:g} s")
-        if self.margin >= self.time_s:
+        if self.signal_delay_s >= self.time_s:
             raise SubmissionError(
                 f"expected a margin below the time limit of {self.time_s:g} s, found "
-                f"{self.margin:g} s; pass a smaller --margin"
+                f"{self.signal_delay_s} s; pass a smaller --margin"
             )
         if not self.is_slurm and self.nodes > 1:
             raise SubmissionError(
                 f"expected one node for local processes, found {self.nodes}; pass --cluster slurm "
                 "on a machine with SLURM's commands"
             )
-        if not self.is_slurm and (self.options or self.setup):
-            names = ", ".join([*self.options, *(["setup"] if self.setup else [])])
+        if not self.is_slurm and (self.options or self.setup or self.cpus_per_node):
+            others = {"setup": self.setup, "cpus-per-node": self.cpus_per_node}
+            names = ", ".join([*self.options, *(name for name in others if others[name])])
             raise SubmissionError(f"expected no options of SLURM for a local job, found {names}")
         for name in self.options:
+            if not _OPTION.fullmatch(name):
+                raise SubmissionError(f"expected an option such as mem=64G, found {name!r}")
             if name in _OWN_OPTIONS:
                 raise SubmissionError(f"the job sets {name} itself: {_OWN_OPTIONS[name]}")
 
@@ -125,7 +133,7 @@ class ClusterSettings:
         return self.cluster == "slurm"
 
     @property
-    def margin(self) -> int:
+    def signal_delay_s(self) -> int:
         """Time before the limit at which the run is saved, in whole seconds."""
         margin_s = min(_LONGEST_MARGIN_S, self.time_s / 4)
         return math.ceil(margin_s if self.margin_s is None else self.margin_s)
@@ -137,7 +145,7 @@ class ClusterSettings:
 
     def executor_parameters(self, name: str) -> dict[str, Any]:
         """Return the parameters of submitit's executor."""
-        found: dict[str, Any] = {"signal_delay_s": self.margin, "stderr_to_stdout": True}
+        found: dict[str, Any] = {"signal_delay_s": self.signal_delay_s, "stderr_to_stdout": True}
         if not self.is_slurm:
             gpus = {"gpus_per_node": self.gpus_per_node}
             return {**found, "timeout_min": self.time_s / 60, "tasks_per_node": 1, **gpus}
@@ -145,6 +153,10 @@ class ClusterSettings:
             found["gpus_per_node"] = self.gpus_per_node
         if self.setup:
             found["setup"] = [*self.setup]
+        # Since SLURM 22.05, srun does not inherit the cores of a task.
+        cores = [] if self.cpus_per_node is None else [f"--cpus-per-task={self.cpus_per_node}"]
+        if self.cpus_per_node is not None:
+            found["cpus_per_task"] = self.cpus_per_node
         flags = {option: value or True for option, value in self.options.items()}
         return {
             **found,
@@ -152,7 +164,7 @@ class ClusterSettings:
             "time": int(self.time_s / 60),
             "nodes": self.nodes,
             "ntasks_per_node": 1,
-            "srun_args": ["--kill-on-bad-exit=1"],  # if the first node failed
+            "srun_args": ["--kill-on-bad-exit=1", *cores],  # exit if the first node failed
             "additional_parameters": {"requeue": True, **flags},
         }
 

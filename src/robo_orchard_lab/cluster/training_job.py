@@ -148,7 +148,7 @@ class TrainingJob:
         ignoring = ["sh", "-c", f'trap "" {JobEnvironment.USR_SIG}; exec "$@"', "sh"]
         variables = {
             JOB_VARIABLE: self.folder,
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, self.settings.margin - 10)),
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(1, self.settings.signal_delay_s - 10)),
         }
         self._child = subprocess.Popen(
             [*ignoring, *self._command(environment)],
@@ -173,7 +173,8 @@ class TrainingJob:
         """Wait for the end of the training, also in a signal handler that interrupts the wait."""
         if self._child is not None and self._child.returncode is None:
             # Popen.wait has a lock, and the interrupted wait may hold it.
-            os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
+            with suppress(ChildProcessError):  # its end was just noticed
+                os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOWAIT)
 
     def _stop(self) -> None:
         """Ask the training to save and to stop, once: a second signal ends it without a save."""
@@ -214,7 +215,7 @@ class TrainingJob:
                 "--max-requeues; submit it again to resume the run"
             )
         step = _saved_step(self._run_state())
-        training_s = self.settings.time_s - self.settings.margin
+        training_s = self.settings.time_s - self.settings.signal_delay_s
         used_s = time.monotonic() - self._has_begun
         is_short = not self._wants_requeue and used_s < training_s / 2  # preempted
         at_starts = [mapping(start).get("step") for start in starts[-2:]]

@@ -51,6 +51,12 @@ _OPTIONS = (
         help="GPUs of each machine.",
     ),
     click.option(
+        "--cpus-per-node",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="CPU cores of each machine, also for loader workers; by default SLURM's, often one.",
+    ),
+    click.option(
         "--processes-per-node",
         type=click.IntRange(min=1),
         metavar="N",
@@ -95,6 +101,7 @@ def cluster_settings(
     margin: str | None,
     nodes: int,
     gpus_per_node: int,
+    cpus_per_node: int | None,
     processes_per_node: int | None,
     max_requeues: int,
     slurm: tuple[str, ...],
@@ -116,6 +123,7 @@ def cluster_settings(
         margin_s=None if margin is None else _seconds("--margin", margin),
         nodes=nodes,
         gpus_per_node=gpus_per_node,
+        cpus_per_node=cpus_per_node,
         processes_per_node=processes_per_node,
         max_requeues=max_requeues,
         options=options,
