@@ -37,7 +37,10 @@ exclude_patterns = ["tutorials"]  # the gallery has their pages
 nitpicky = True
 highlight_language = "none"  # of blocks that name none
 smartquotes = False  # they turn --option into a dash
-nitpick_ignore_regex = [("py:.*", r"'.*'")]  # choices of a Literal
+nitpick_ignore_regex = [
+    ("py:.*", r"'.*'"),  # choices of a Literal
+    ("py:class", r".*\[.*"),  # parts of a type that Sphinx has not parsed
+]
 
 # Pages in Markdown, which people also read on GitHub.
 myst_heading_anchors = 4

@@ -138,6 +138,20 @@ def _resolve(
     return contnode if is_text or is_internal else None
 
 
+def _accept_existing(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.TextElement
+) -> nodes.Node | None:
+    """Show a name of another project without a link if it exists; others are warnings."""
+    module, _, name = node["reftarget"].rpartition(".")
+    if node.get("refdomain") != "py" or not module:
+        return None
+    try:
+        pkgutil.resolve_name(f"{module}:{name}")
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return contnode
+
+
 def _fields_from_sections(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
@@ -175,6 +189,7 @@ def _python(default: str) -> str:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("missing-reference", _resolve, priority=400)  # before intersphinx
+    app.connect("missing-reference", _accept_existing, priority=600)  # after it
     app.connect("autodoc-process-docstring", _fields_from_sections)
     app.connect("autodoc-process-signature", _signature_of_config)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
