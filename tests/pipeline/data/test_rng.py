@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
 from loaded_data import rng_states, same
+from robo_orchard_lab.pipeline.checkpoint import capture_random_state
 from robo_orchard_lab.pipeline.data.rng import PersistentRng, RngIsolation, seed_rng
 
 
@@ -75,6 +76,50 @@ def test_isolation_follows_another_bit_generator() -> None:
             assert str(np.random.get_state(legacy=False)) == state
     finally:
         set_bit_generator(before)
+
+
+@pytest.mark.parametrize("words", [0, 1, 2, 5, 622, 623, 624, 625, 1248])
+@pytest.mark.parametrize("gaussians", [0, 1])
+@pytest.mark.parametrize("start", [0, 5])
+def test_isolation_follows_draws_of_python_between_uses(
+    words: int, gaussians: int, start: int
+) -> None:
+    """Python's RNG goes on after draws outside of the isolation, at any position in its block."""
+    random.seed(3)
+    random.getrandbits(32 * start + 1)
+    random.gauss()
+    alone, isolation = random.Random(), RngIsolation()
+    alone.setstate(random.getstate())
+    for _ in range(3):
+        with isolation:
+            seed_rng(1)
+            draw()
+        for rng in (random, alone):
+            rng.getrandbits(32 * words)
+            for _ in range(gaussians):
+                rng.gauss()
+        with isolation:
+            seed_rng(2)
+            random.gauss()
+        assert random.random() == alone.random()
+    for _ in range(700):
+        assert random.getrandbits(32) == alone.getrandbits(32)
+    assert random.gauss() == alone.gauss()
+
+
+def test_isolation_follows_a_new_seed_of_python() -> None:
+    """A hook that seeds Python's RNG between two uses gets the numbers, and saves the state."""
+    isolation = RngIsolation()
+    for _ in range(3):
+        with isolation:
+            seed_rng(1)
+        random.seed(9)
+        saved = capture_random_state()["python"]
+        with isolation:
+            seed_rng(2)
+            draw()
+        assert capture_random_state()["python"] == saved
+        assert random.random() == random.Random(9).random()
 
 
 @given(st.integers(0, 2**64 - 1))

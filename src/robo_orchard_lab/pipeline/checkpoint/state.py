@@ -184,8 +184,23 @@ def capture_random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "numpy": _plain(np.random.get_state(legacy=True)),
-        "python": random.getstate(),
+        "python": _python_state(),
     }
+
+
+def _python_state() -> tuple[Any, ...]:
+    """Return the state of Python's RNG; of two equivalent states between two blocks, the latter.
+
+    Loading data may replace one by the other.
+    """
+    state = random.getstate()
+    if state[1][-1] < 624:  # the position in the block
+        return state
+    following = random.Random()
+    following.setstate(state)
+    following.getrandbits(32)  # makes the next block
+    version, (*words, _), gauss = following.getstate()
+    return version, (*words, 0), gauss
 
 
 def keyed_random_state(key: str) -> dict[str, Any]:
