@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save
-from tests.cli.running import START, environment, run
+from tests.cli.running import START, environment
 from tests.cli.spirals import EXPERIMENT
 
 from hub_stand_in import OWNER, READER, HubStandIn, hub_stand_in
@@ -50,9 +51,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "         card: {license: mit, tags: [toy]}}\n"
     )
     (folder / "average.yaml").write_text(f"base: spirals.yaml\nname: average\n{hooks}")
-    for name in ("spirals", "average"):
-        done = run("train", f"{name}.yaml", cwd=folder)
-        assert done.code == 0, done.err
+    with chdir(folder):
+        for name in ("spirals", "average"):
+            assert main(["train", f"{name}.yaml"]) == 0
     return folder
 
 
@@ -306,7 +307,7 @@ def killed_while_held(
     """Start a command, and kill it when the stand-in holds its transfer and ``until`` is true."""
     started = subprocess.Popen([*START, *arguments], env=environment())
     try:
-        assert hub.held.wait(100), started.poll()
+        assert hub.held.wait(600), started.poll()
         while not until():
             time.sleep(0.02)
     finally:

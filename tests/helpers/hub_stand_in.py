@@ -275,9 +275,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.puts.append(oid)
             is_held = self.hub.hold_put is not None and len(self.hub.puts) > self.hub.hold_put
         if is_held:
-            self.hub.stored.wait(60)
+            self.hub.stored.wait(600)
             self.hub.held.set()
-            self.hub.release.wait(60)
+            self.hub.release.wait(600)
         data = self._body()
         if hashlib.sha256(data).hexdigest() != oid:
             raise _RefusedError(400, "", "wrong digest")
@@ -345,7 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
             if hold is not None and at >= hold and not self.hub.release.is_set():
                 self.wfile.flush()
                 self.hub.held.set()
-                self.hub.release.wait(60)
+                self.hub.release.wait(600)
             self.wfile.write(data[at : at + _BLOCK_BYTES])
 
 

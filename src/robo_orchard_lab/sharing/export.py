@@ -68,7 +68,8 @@ def export_checkpoint(
         "about": contents.info.metadata,
         "experiment": experiment_text(run_folder),
     }
-    name = checkpoint.resolve().name if run_folder is None else run_folder.resolve().name
+    # A script's run has its checkpoints in a folder, too.
+    name = (checkpoint.resolve().parents[1] if run_folder is None else run_folder.resolve()).name
     if model is None:
         facts = _facts_without_model(name, saved.weights, contents, about)
         weights, config = _tensors(saved.weights), None

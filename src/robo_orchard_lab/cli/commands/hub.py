@@ -160,15 +160,17 @@ def pull(repo: str, folder: Path | None, revision: str | None, as_json: bool) ->
 
 
 def _check_not_running(folder: Path) -> None:
-    from robo_orchard_lab.experiment.existing_run import find_existing_run
+    from robo_orchard_lab.pipeline.errors import StateError
+    from robo_orchard_lab.pipeline.run.run_state import read_run_state
 
-    existing = find_existing_run(folder)
-    if existing is not None and existing.is_running:
-        raise CommandError(
-            f"the run in {folder} is still running, as process {existing.pid}",
-            "push it when it ends",
-            ExitCode.FAILED,
-        )
+    with suppress(FileNotFoundError, StateError):
+        state = read_run_state(folder)
+        if state.state == "running" and state.process.is_another_running():
+            raise CommandError(
+                f"the run in {folder} is still running, as process {state.process.pid}",
+                "push it when it ends",
+                ExitCode.FAILED,
+            )
 
 
 def _collect(
