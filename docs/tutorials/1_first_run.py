@@ -14,12 +14,14 @@ pictures here also need matplotlib.
 # The commands below are those that you type in a terminal. A small function runs
 # them here, in a folder of their own, and prints their output.
 
+import os
 import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+os.environ.pop("FORCE_COLOR", None)  # plain text, also in a notebook
 folder = Path(tempfile.mkdtemp(prefix="first-run-"))
 
 
@@ -103,9 +105,10 @@ class Page:
     """A page to show in a notebook and in this tutorial."""
 
     def __init__(self, path: Path) -> None:
-        self.text = path.read_text("utf-8")
+        text = path.read_text("utf-8")
         # This page is public: do not name the machine that made it.
-        self.text = re.sub(r'"(command|folder|host)":"[^"]*"', r'"\1":"-"', self.text)
+        text = re.sub(r'"(command|folder|host)":"[^"]*"', r'"\1":"-"', text)
+        self.text = re.sub(r'"[^"]*/(robo_orchard_lab/[^"]*)"', r'"\1"', text)
 
     def _repr_html_(self) -> str:
         return (

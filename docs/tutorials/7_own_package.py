@@ -251,9 +251,12 @@ for path in sorted(folder.rglob("*.*")):
 # ------------------
 # Run the tests first, then check the file.
 
+import os
 import shlex
 import subprocess
 import sys
+
+os.environ.pop("FORCE_COLOR", None)  # plain text, also in a notebook
 
 
 def run(command: str, exit_code: int = 0) -> None:
