@@ -14,7 +14,9 @@ from pages import UNCHECKED, Page
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = {"search"}
 PAGES = [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
+    pytest.param(
+        path, id=f"{path.relative_to(ROOT)}", marks=[pytest.mark.slow] if path.stem in SLOW else []
+    )
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*/*.md"))]
     if path.stem not in UNCHECKED
 ]

@@ -15,9 +15,7 @@ from robo_orchard_lab.cli.main import main
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/how_to/fine_tuning.md").read_text("utf-8")
 FILES = dict(re.findall(r"```yaml\n# ([\w.]+)\n(.*?)```", PAGE, re.S))
-COMMANDS = [
-    line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines()
-]
+COMMANDS = re.findall(r"^\$ (.*)$", PAGE, re.M)
 
 
 def last(run: str) -> dict[str, torch.Tensor]:
@@ -26,10 +24,8 @@ def last(run: str) -> dict[str, torch.Tensor]:
 
 # torch warns once when it traces a module that gets an output of another one.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_the_page_fine_tunes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """All commands succeed, in order; the run reports and records the loaded weights, keeps frozen
+def test_the_page_fine_tunes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All commands succeed, in order; the run records the loaded weights, keeps frozen
     ones, and continues without its source.
     """
     monkeypatch.chdir(tmp_path)
@@ -39,9 +35,6 @@ def test_the_page_fine_tunes(
         words = shlex.split(line)
         assert words.pop(0) == "robo-orchard-lab"
         assert main(words) == 0
-    logged = capsys.readouterr().err
-    for printed in re.findall(r"```text\n(.*?)```", PAGE, re.S):
-        assert [line for line in printed.splitlines() if line not in logged] == []
     record = json.loads(Path("runs/finetune/starts/0001.json").read_text())["initial_weights"]
     assert record["step"] == 20
     assert record["weights"] == "ema"
