@@ -1,4 +1,4 @@
-"""Time of the command line's help, including the start of the interpreter.
+"""Time of the command line's help and of an inventory, including the start of the interpreter.
 
 Each sample is a separate process; the reference is an interpreter that does nothing.
 """
@@ -29,6 +29,7 @@ HELP = {
     "--help": ["--help"],
     "train --help": ["train", "--help"],
     "hooks list --help": ["hooks", "list", "--help"],
+    "hooks list": ["hooks", "list"],
 }
 
 
@@ -48,7 +49,7 @@ def run(*, quick: bool) -> Report:
         f"{name} imports torch" for name, arguments in HELP.items() if _loads_torch(arguments)
     ]
     note = "None of them imports torch." if not faults else "; ".join(faults)
-    table = Table("Help of the command line", "ms", rows, [note])
+    table = Table("Help and inventories of the command line", "ms", rows, [note])
     return Report("command_line", [table], faults, describe(DISTRIBUTIONS))
 
 

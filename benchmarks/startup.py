@@ -26,7 +26,8 @@ IMPORTS: Mapping[str, tuple[str, Where]] = {
     CORE: ("import robo_orchard_core", "own"),
     CORE_CONFIG: ("import robo_orchard_core.utils.config", "own"),
     "torch": ("import torch", "own"),
-    PIPELINE: ("import robo_orchard_lab.pipeline", "own"),
+    # The package imports its names on first use.
+    PIPELINE: ("from robo_orchard_lab.pipeline import HookBasedTrainer", "own"),
 }
 PEER_IMPORTS: Mapping[str, tuple[str, Where]] = {
     REFERENCE: ("import accelerate", "own"),

@@ -69,3 +69,25 @@ def test_setting_the_clock_loses_no_rank(
     child.kill()
     child.wait()
     assert lost.look(section=1) is not None
+
+
+@pytest.mark.parametrize("dead_machine", [0, 1, 3])
+def test_the_ranks_of_a_dead_machine_are_lost(dead_machine: int) -> None:
+    """Each rank reads at most three others, and a living rank notices the death of any machine."""
+    store, count = HashStore(), 16
+    for rank in range(count):
+        store.set(f"beat/{rank}", "0 0")
+    own = ProcessIdentity.own()
+    machines = [own.model_copy(update={"host": f"machine-{rank // 4}"}) for rank in range(count)]
+    stores = [JobStore(store, rank, machines) for rank in range(count)]
+    detectors = [LostRankDetector(each) for each in stores]
+    assert max(len(each.ranks) for each in detectors) <= 3
+    living = [rank for rank in range(count) if rank // 4 != dead_machine]
+    lost = set()
+    for _ in range(MANY_LOOKS):
+        for rank in living:
+            stores[rank].beat()
+        for rank in living:
+            if (failure := detectors[rank].look(section=1)) is not None:
+                lost.add(failure.rank // 4)
+    assert lost == {dead_machine}

@@ -58,7 +58,9 @@ class LostRankDetector:
     """Detects dead ranks, by process id on this machine and by missing heartbeats elsewhere.
 
     Each rank checks the process of the next rank on its machine, so a living rank checks every
-    process. The first rank reads all heartbeats, other ranks those of the first and the next rank.
+    process. Each rank reads the heartbeats and positions of the first rank, of the next rank, and
+    of the next rank on its machine: a living rank reads those of every machine that died, and the
+    work of a rank does not grow with the world size.
     A process that runs on this machine is alive even without heartbeats, for example while it holds
     the interpreter lock. The detector counts checks instead of time, so processes that are
     suspended and resumed together stay alive.
@@ -72,9 +74,9 @@ class LostRankDetector:
             store.processes[rank].track()
         self._here = frozenset(here)
         self._next = here[(here.index(own) + 1) % len(here)] if own in here else own
-        listened = range(count) if own == 0 else {0, self._next}
-        self.ranks = sorted(set(listened) - {own})
-        """Ranks whose heartbeats this rank reads."""
+        self.ranks = sorted({0, self._next, (own + 1) % count} - {own})
+        """Ranks whose heartbeats and positions this rank reads."""
+        self._awaited = [rank for rank in range(count) if rank != own] if own == 0 else self.ranks
         self._heard: dict[int, int] = {}
         self._silent_for = dict.fromkeys(self.ranks, 0)
 
@@ -96,11 +98,14 @@ class LostRankDetector:
         return None
 
     def all_left(self, section: int, *, or_died: bool) -> bool:
-        """Return True if all ranks whose heartbeats this rank reads left the section, or died."""
-        beats = self._store.beats(self.ranks)
+        """Return True if the ranks that this rank reads left the section, or died.
+
+        The first rank, which may host the store, reads all ranks.
+        """
+        beats = self._store.beats(self._awaited)
         return all(
             left >= section or (or_died and self._store.processes[rank].is_gone())
-            for rank, (_, left) in zip(self.ranks, beats, strict=True)
+            for rank, (_, left) in zip(self._awaited, beats, strict=True)
         )
 
 

@@ -100,9 +100,11 @@ class JobStore:
         # The store may still hold the keys of an earlier start of the job.
         prefix = uuid.uuid4().hex
         if rank == 0:
-            for other in range(count):
-                PrefixStore(prefix, store).set(f"beat/{other}", "0 0")
-                PrefixStore(prefix, store).set(f"position/{other}", json.dumps(RankPosition()))
+            # In one request: two for each of 4,096 ranks cost a second.
+            keys = [f"{kind}/{other}" for kind in ("beat", "position") for other in range(count)]
+            values = ["0 0"] * count + [json.dumps(RankPosition())] * count
+            own: Any = PrefixStore(prefix, store)  # the stubs lack multi_set
+            own.multi_set(keys, values)
         gathered = gather_objects((prefix, ProcessIdentity.own().model_dump()))
         processes = [ProcessIdentity(**process) for _, process in gathered]
         return cls(PrefixStore(gathered[0][0], store), rank, processes)

@@ -7,6 +7,7 @@ accumulators and :class:`DeferredMetrics` over the ranks at a logging point.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -77,23 +78,34 @@ class RankGather:
             )
             torch.distributed.all_gather(list(rows.unbind()), message)  # a collective
             received = rows.cpu()  # a device sync
-            largest = max(int(row[:8].view(torch.int64)) for row in received)
+            headers = received[:, : 8 * _HEADER].contiguous().view(torch.int64).tolist()
+            largest = max(size for size, _, _ in headers)
             if largest <= self._capacity:
-                return [_parse(row) for row in received]
+                known: dict[bytes, _Description] = {}
+                return [
+                    _parse(row, header, known)
+                    for row, header in zip(received, headers, strict=True)
+                ]
             self._capacity = 1 << (largest - 1).bit_length()
 
 
-def _parse(row: torch.Tensor) -> RankData:
-    """Return the data in the message of a rank."""
-    size, n_text, n_numbers = row[: 8 * _HEADER].view(torch.int64).tolist()
-    text, numbers, packed = row[8 * _HEADER : size].split(
-        [n_text, n_numbers, size - 8 * _HEADER - n_text - n_numbers]
-    )
-    label, shapes = json.loads(text.numpy().tobytes())
-    specs = [(getattr(torch, name.split(".")[1]), torch.Size(sizes)) for name, *sizes in shapes]
-    return RankData(
-        label, numbers.clone().view(torch.float64).tolist(), unpack_bytes(packed, specs)
-    )
+_Description: TypeAlias = tuple[str, list[tuple[torch.dtype, torch.Size]]]
+
+
+def _parse(row: torch.Tensor, header: list[int], known: dict[bytes, _Description]) -> RankData:
+    """Return the data in the message of a rank; ``known`` has the parsed descriptions."""
+    size, n_text, n_numbers = header
+    content = row[8 * _HEADER : size]
+    raw = content[: n_text + n_numbers].numpy().tobytes()
+    described, numbers = raw[:n_text], array("d", raw[n_text:]).tolist()
+    if described not in known:  # of thousands of ranks, nearly all describe the same
+        label, shapes = json.loads(described)
+        known[described] = (
+            label,
+            [(getattr(torch, name.split(".")[1]), torch.Size(sizes)) for name, *sizes in shapes],
+        )
+    label, specs = known[described]
+    return RankData(label, numbers, unpack_bytes(content[n_text + n_numbers :], specs))
 
 
 def _copy_to_host(data: RankData) -> RankData:
@@ -120,7 +132,8 @@ def unpack_bytes(
     for dtype, shape in specs:
         end = begin + shape.numel() * dtype.itemsize
         # The clone is aligned for any dtype; a slice may not be.
-        tensors.append(packed[begin:end].clone().view(dtype).reshape(shape))
+        part = packed[begin:end].clone().view(dtype).reshape(shape) if end > begin else None
+        tensors.append(torch.empty(shape, dtype=dtype) if part is None else part)
         begin = end
     return tensors
 
@@ -237,22 +250,39 @@ def _read_alone(accumulators: Mapping[str, Accumulator]) -> list[MetricValue]:
 
 def _combine(ranks: Sequence[RankData]) -> Iterator[MetricValue]:
     """Reduce the accumulators of all ranks."""
-    reductions: dict[str, str] = {}
-    steps: dict[str, int] = {}
-    values: dict[str, list[RankValues]] = {}
+    layouts: dict[str, dict[str, _Place]] = {}  # by label, since nearly all ranks have the same
+    scalars: list[list[float]] = []
     for rank in ranks:
-        numbers, scalars = iter(rank.numbers), iter(rank.tensors[0].tolist())
-        for name, reduce, n_numbers, n_tensors in json.loads(rank.label):
-            if reductions.setdefault(name, reduce) != reduce:
+        scalars.append(rank.tensors[0].tolist())
+        if rank.label not in layouts:
+            layouts[rank.label] = _places(rank.label)
+    for name in dict.fromkeys(name for layout in layouts.values() for name in layout):
+        step, values, reduction = 0, list[RankValues](), ""
+        for rank, own in zip(ranks, scalars, strict=True):
+            if (place := layouts[rank.label].get(name)) is None:
+                continue
+            reduce, begin, end, first, last = place
+            if reduce != (reduction := reduction or reduce):
                 raise ValueError(
-                    f"metric {name!r} is published with reduce={reductions[name]!r} on one rank "
+                    f"metric {name!r} is published with reduce={reduction!r} on one rank "
                     f"and with {reduce!r} on another"
                 )
-            steps[name] = max(steps.get(name, 0), int(next(numbers)))
-            of_rank = list(islice(numbers, n_numbers)), list(islice(scalars, n_tensors))
-            values.setdefault(name, []).append(of_rank)
-    for name, of_ranks in values.items():
-        yield MetricValue(name, combine(reductions[name], of_ranks), steps[name])
+            step = max(step, int(rank.numbers[begin]))
+            values.append((rank.numbers[begin + 1 : end], own[first:last]))
+        yield MetricValue(name, combine(reduction, values), step)
+
+
+_Place: TypeAlias = tuple[str, int, int, int, int]
+"""Reduction of a metric, and the ranges of its step and numbers, and of its tensors."""
+
+
+def _places(label: str) -> dict[str, _Place]:
+    places, number, scalar = dict[str, _Place](), 0, 0
+    for name, reduce, n_numbers, n_tensors in json.loads(label):
+        ends = number + 1 + n_numbers, scalar + n_tensors
+        places[name] = reduce, number, ends[0], scalar, ends[1]
+        number, scalar = ends
+    return places
 
 
 def _stack(scalars: Sequence[torch.Tensor]) -> torch.Tensor:
