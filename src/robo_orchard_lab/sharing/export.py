@@ -25,6 +25,7 @@ from robo_orchard_lab.pipeline.pretrained_folder import (
     plain_usage,
 )
 from robo_orchard_lab.pipeline.run.durable import make_folder, replace_folder
+from robo_orchard_lab.report.files import mapping, text
 
 _WHO = "export"
 
@@ -99,11 +100,8 @@ def is_evaluated_alike(model: Path, checkpoint: Path, document: Mapping[str, Any
         checkpoint: Checkpoint that `evaluate` uses before the run is shared.
         document: Experiment file of the run.
     """
-    hooks = document.get("hooks")
-    for hook in hooks.values() if isinstance(hooks, Mapping) else ():
-        is_evaluation = (
-            str(hook.get("class_type", "")).endswith("ValidationHook") if hook else False
-        )
+    for hook in map(mapping, mapping(document.get("hooks")).values()):
+        is_evaluation = text(hook.get("class_type")).endswith("ValidationHook")
         if is_evaluation and hook.get("weights") is not None:
             return False
     if not (model / WEIGHTS_FILE).is_file():
