@@ -42,7 +42,6 @@ SOURCES = Path(__file__).resolve().parents[1]
 MARKER = re.compile(r"^.*<!-- generated: (\w+) -->$", re.M)
 PARTS = {"optimizer": OptimizerConfig, "lr_scheduler": LRSchedulerConfig}
 """Fields of a part that each class of the part has."""
-FIELDS_OF_CLASSES = ("class_type", "func")
 
 
 # Markdown of one object.
@@ -120,7 +119,12 @@ def fields() -> str:
     own = [path for path in described if "." not in path]
     groups = dict.fromkeys(path.partition(".")[0] for path in described if "." in path)
     lines += [field_entry(path, described[path], metadata[path]) for path in own]
-    seen = {cls: path for path, cls in nested_configs(ExperimentFields) if path in groups}
+    seen: dict[type, str] = {}
+    for path, cls in nested_configs(ExperimentFields):  # those with fields above
+        if path in groups:
+            seen[cls] = path
+            inner = [(f"{path}.{name}", inner) for name, inner in nested_configs(cls)]
+            seen |= {cls: at for at, cls in inner if any(d.startswith(f"{at}.") for d in described)}
     for group in groups:
         lines.append(f"## `{group}`\n")
         lines += [
@@ -128,7 +132,9 @@ def fields() -> str:
             for path, field in described.items()
             if path.startswith(f"{group}.")
         ]
-        lines += _nested(ExperimentFields.model_fields[group].annotation, group, seen)
+        (cls,) = (cls for cls, path in seen.items() if path == group)
+        for name, field in cls.model_fields.items():  # type: ignore[attr-defined]  # of a config
+            lines += _nested(field.annotation, f"{group}.{name}", seen)
     for name in own:
         lines += _nested(ExperimentFields.model_fields[name], name, seen)
     return "\n".join(lines)

@@ -121,6 +121,7 @@ def test_entries_have_default_and_range(site: Path) -> None:
         assert (f"at least {limits[0].ge}" if limits else "more than 0") in entry[1]
     assert "seed: int = 0" in text
     assert "less than 4294967296" in text
+    assert "The fields of data.evaluation.NAME are those of data.train." in text
 
 
 def test_every_hook_and_sink_is_in_the_reference(
