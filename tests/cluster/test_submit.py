@@ -111,7 +111,8 @@ def interrupted(**at: str) -> list[str]:
 
 
 def submit(*arguments: str, code: int = 0) -> None:
-    assert main(["submit", "spirals.yaml", "--time", "4h", *arguments]) == code
+    limits = ["--time", "4h", "--max-requeues", "10"]
+    assert main(["submit", "spirals.yaml", *limits, *arguments]) == code
 
 
 def job_of(run: Path = RUN) -> Job:
