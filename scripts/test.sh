@@ -38,8 +38,9 @@ export TEST_LAUNCHER=${TEST_LAUNCHER:-fork}
 export OMP_NUM_THREADS=1 # a core for each worker
 parallel=(-n auto --dist worksteal)
 
-# These read the site, which is built with the locked versions only.
+# These read the site, which is built with the locked versions only, or compare what pages print.
 site=(--ignore tests/docs/test_reference.py --ignore tests/docs/test_site.py)
+site+=(--ignore tests/docs/test_pages.py)
 
 # These measure speed: they run alone, after the other tests.
 alone=tests/end_to_end/test_benchmarks.py
