@@ -23,6 +23,7 @@ from pathlib import Path
 folder = Path(tempfile.mkdtemp(prefix="resume-"))
 (folder / "train.py").write_text("""
 import sys
+import time
 
 import torch
 from accelerate import Accelerator
@@ -83,7 +84,10 @@ def build(run_folder, resume_from="auto", hooks=()):
 
 
 if __name__ == "__main__":
-    trainer = build(sys.argv[1])
+    pause = PipelineHooks("pause")
+    if "slowly" in sys.argv:  # leaves time to kill the process
+        pause.on_step.after(lambda args: time.sleep(0.03))
+    trainer = build(sys.argv[1], hooks=[pause])
     print("begin at step", trainer.progress.global_step_id)
     trainer()
     save_file(trainer.model.state_dict(), sys.argv[1] + "/model.safetensors")
@@ -129,7 +133,7 @@ run("python train.py straight")
 # Now the same training in another folder. When it reports step 120, the process gets
 # SIGKILL: it has no chance to save or to clean up. ``-9`` is the signal that ended it.
 
-process = start("python train.py killed")
+process = start("python train.py killed slowly")
 for line in process.stdout:
     print(line, end="")
     if line == "step 120\n":
@@ -145,7 +149,8 @@ run("robo-orchard-lab checkpoint list killed")
 # %%
 # Resume it
 # ---------
-# The command is the same as before. The run continues after the last checkpoint.
+# The command is the same, here at full speed. The run continues after the last
+# checkpoint.
 
 run("python train.py killed")
 
