@@ -47,6 +47,7 @@ BENCHMARKS = {
         Benchmark("command_line", "how long one waits for help of the command line"),
         Benchmark("footprint", "distributions and bytes that an installation brings"),
         Benchmark("many_ranks", "the protocols of a job by its ranks, simulated up to 4,096"),
+        Benchmark("large_folders", "listings of many saves, and metrics files of many records"),
         Benchmark("endurance", "memory and time of a step over 10,000 steps with every hook on"),
     )
 }

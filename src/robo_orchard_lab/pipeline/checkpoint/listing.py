@@ -60,7 +60,7 @@ class RootListing:
                 except CheckpointError as error:
                     found.broken.append((self._root / name, str(error)))
         found.infos.sort(key=lambda info: (info.serial, info.step))
-        self._known = {name: known for name, known in self._known.items() if name in names}
+        self._known = {name: self._known[name] for name in names if name in self._known}
         return found
 
     def _info(self, name: str) -> CheckpointInfo:
