@@ -26,6 +26,9 @@ mkdir -p $build/source
 find $build/source -mindepth 1 -maxdepth 1 ! -name gallery ! -name project ! -name api -exec rm -r {} +
 tar --create --exclude ./_build --exclude __pycache__ . | tar --extract --directory $build/source
 
+TMPDIR=$(mktemp -d) # the tutorials leave files there
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
 export PYTHONPATH=$checkout/src OMP_NUM_THREADS=1 MPLBACKEND=agg CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1
 "$python" -m sphinx -b html -d $build/doctrees -j auto -W --keep-going -n -q $build/source $build/html
 printf '%s' "$inputs" >$build/built-from
