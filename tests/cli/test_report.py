@@ -175,6 +175,14 @@ def test_hostile_folders_are_listed(folder: Path, capsys: pytest.CaptureFixture[
     assert "there are no runs in" in capsys.readouterr().out
 
 
+def test_an_unknown_metric_of_the_best_column_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A column BEST of a metric that no run has is an error with the metrics, not an empty column."""
+    assert main(["runs", str(folder), "--metric", "eval/val/los"]) == 2
+    assert "did you mean 'eval/val/loss'?" in capsys.readouterr().err
+
+
 def test_runs_in_progress_have_their_newest_step(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -166,7 +166,7 @@ def runs(
     metric suffices where no other field ends so. Operators are = != < <= > >= ~ (contains) and in.
     """
     from robo_orchard_lab.report import query
-    from robo_orchard_lab.report.fields import read_runs_of
+    from robo_orchard_lab.report.fields import find_field, read_runs_of
 
     if not folder.is_dir():
         raise CommandError(f"there is no folder {folder}", f"name one: {PROGRAM} runs FOLDER")
@@ -175,9 +175,10 @@ def runs(
     names = [name.strip() for text in columns for name in text.split(",") if name.strip()]
     if names and "run" not in names:
         names = ["run", *names]
-    found = query.select(
-        read_runs_of(folder, metric), where, names or query.DEFAULT_COLUMNS, sort, reverse=reverse
-    )
+    runs_found = read_runs_of(folder, metric)
+    if metric is not None and runs_found:
+        find_field(f"{metric}:last", runs_found)  # refuses an unknown name
+    found = query.select(runs_found, where, names or query.DEFAULT_COLUMNS, sort, reverse=reverse)
     for line in found.left_out:
         note(line)
     if out is not None:
