@@ -178,7 +178,7 @@ def test_hostile_folders_are_listed(folder: Path, capsys: pytest.CaptureFixture[
 def test_an_unknown_metric_of_the_best_column_is_refused(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A column BEST of a metric that no run has is an error with the metrics, not an empty column."""
+    """A column BEST of a metric that no run has is an error, not an empty column."""
     assert main(["runs", str(folder), "--metric", "eval/val/los"]) == 2
     assert "did you mean 'eval/val/loss'?" in capsys.readouterr().err
 

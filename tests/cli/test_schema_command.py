@@ -31,7 +31,7 @@ def test_a_schema_that_cannot_be_written_is_an_error(
 ) -> None:
     """A missing folder and a missing class are wrong usage."""
     assert main(["schema", "--output", str(tmp_path / "no" / "x.json")]) == 2
-    assert "can't be written: No such file or directory" in capsys.readouterr().err
+    assert f"there is no folder {tmp_path / 'no'}" in capsys.readouterr().err
     assert main(["schema", "--trust", "json:Nothing"]) == 2
     assert "json:Nothing" in capsys.readouterr().err
 

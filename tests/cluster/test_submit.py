@@ -71,7 +71,7 @@ class Interrupt(PipelineHooks):
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with an experiment and a user's module."""
     write_experiment(tmp_path)
-    (tmp_path / "mine.py").write_text(MODULE + HOOKS)
+    (tmp_path / "hooks_of_jobs.py").write_text(MODULE + HOOKS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -106,8 +106,8 @@ def wait(condition: Callable[[], object]) -> None:
 def interrupted(**at: str) -> list[str]:
     """Options that interrupt the run after steps, as in ``_5="limit"``."""
     steps = {int(name[1:]): kind for name, kind in at.items()}
-    hook = {"class_type": "mine:Interrupt", "at": steps}
-    return ["--trust", "mine", f"--hooks.interrupt={json.dumps(hook)}"]
+    hook = {"class_type": "hooks_of_jobs:Interrupt", "at": steps}
+    return ["--trust", "hooks_of_jobs", f"--hooks.interrupt={json.dumps(hook)}"]
 
 
 def submit(*arguments: str, code: int = 0) -> None:
@@ -191,8 +191,8 @@ def test_a_job_that_is_cancelled_or_fails_is_not_requeued() -> None:
     assert "cancelled" in job.message
     state = read_run_state(RUN)
     assert state.state == "preempted"
-    fails = "--hooks.slow={class_type: 'mine:Slow', fail_at: 25}"
-    submit(*LOCAL, "--trust", "mine", "--allow", "trajectory", fails)
+    fails = "--hooks.slow={class_type: 'hooks_of_jobs:Slow', fail_at: 25}"
+    submit(*LOCAL, "--trust", "hooks_of_jobs", "--allow", "trajectory", fails)
     job = end()
     assert (job.state, job.exit_code, job.folder.name) == ("failed", 1, "0002")
     assert job.steps == (state.progress["global_step_id"],)
@@ -364,8 +364,8 @@ def test_a_sweep_submits_its_trials(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_jobs_of_a_killed_sweep_are_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     """A sweep that was killed ends the jobs of its trials, and resumes their runs in new jobs."""
-    slow = "--hooks.slow={class_type: 'mine:Slow', seconds: 0.1}"
-    arguments = sweep("--trust", "mine", slow, "--jobs", "2", trials=2)
+    slow = "--hooks.slow={class_type: 'hooks_of_jobs:Slow', seconds: 0.1}"
+    arguments = sweep("--trust", "hooks_of_jobs", slow, "--jobs", "2", trials=2)
     killed = subprocess.Popen([*START, *arguments], env=environment())
     first = Path("sweeps/spirals/trials/0000")
     wait(lambda: (first / "run_state.json").is_file())
@@ -383,7 +383,11 @@ def test_a_job_with_a_limit_of_seconds_completes_its_run() -> None:
     steps = ["--trainer.max_epoch", "40"]
     assert main(["train", "spirals.yaml", "--run_folder", "timed", *steps]) == 0
     limit_s = max(20, round(6 * (time.monotonic() - began)))
-    slow = ["--trust", "mine", "--hooks.slow={class_type: 'mine:Slow', seconds: 0.1}"]
+    slow = [
+        "--trust",
+        "hooks_of_jobs",
+        "--hooks.slow={class_type: 'hooks_of_jobs:Slow', seconds: 0.1}",
+    ]
     command = ["submit", "spirals.yaml", "--time", f"{limit_s}s", *LOCAL, *slow, *steps]
     assert main(command) == 0
     job = end()
@@ -408,7 +412,7 @@ def test_a_local_job_is_requeued_any_number_of_times() -> None:
 def test_a_slurm_job_of_two_nodes_requeues_itself(slurm: Path) -> None:
     """Two nodes form one job by torchrun, save at one commit point, and complete the run."""
     # Ranks exchange signals rarely, and fast steps would end the run before.
-    slow = "--hooks.slow={class_type: 'mine:Slow', seconds: 0.2}"
+    slow = "--hooks.slow={class_type: 'hooks_of_jobs:Slow', seconds: 0.2}"
     submit("--nodes", "2", *interrupted(_3="slurm"), slow, "--data.train.batch_size", "4")
     job = end()
     assert (job.state, len(job.steps)) == ("finished", 2), job.log.read_text()

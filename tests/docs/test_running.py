@@ -29,12 +29,12 @@ def test_blocks_share_files_names_and_variables(tmp_path: Path) -> None:
     """
     ran = page(
         tmp_path,
-        ("python", "# mine.py\nVALUE = 3"),
-        ("python", "import mine\nx = mine.VALUE"),
+        ("python", "# from_page.py\nVALUE = 3"),
+        ("python", "import from_page\nx = from_page.VALUE"),
         ("python", "print(x + 1)\nfrom pathlib import Path\nPath('made.txt').write_text('made')"),
         ("text", "4"),
         ("console", "$ export WHERE=here\n$ cat \\\n    made.txt && echo $WHERE\nmadehere"),
-        ("console", "$ python mine.py\n$ ls\nmade.txt  mine.py"),
+        ("console", "$ python from_page.py\n$ ls\nfrom_page.py  made.txt"),
     )
     run_and_check(ran)
 

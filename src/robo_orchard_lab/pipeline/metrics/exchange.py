@@ -132,8 +132,7 @@ def unpack_bytes(
     for dtype, shape in specs:
         end = begin + shape.numel() * dtype.itemsize
         # The clone is aligned for any dtype; a slice may not be.
-        part = packed[begin:end].clone().view(dtype).reshape(shape) if end > begin else None
-        tensors.append(torch.empty(shape, dtype=dtype) if part is None else part)
+        tensors.append(packed[begin:end].clone().view(dtype).reshape(shape))
         begin = end
     return tensors
 
