@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from tests.cli.running import START, environment
 from tests.cli.spirals import MODULE, write_experiment
 
+from launching import coverage_settings
 from robo_orchard_core.utils.process_identity import ProcessIdentity
 from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
@@ -66,12 +67,26 @@ class Interrupt(PipelineHooks):
             args.requests.stop("again", by="Interrupt", exit_code=75)
 '''
 
+MEASURED = """
+import sys
+
+if {{"submitit.core._submit", "robo_orchard_lab.cluster"}} & {{*sys.orig_argv}}:
+    from coverage import Coverage
+
+    measured = Coverage(**{settings}, data_suffix=True, auto_data=True)
+    measured.set_option("run:disable_warnings", ["no-data-collected"])
+    measured.start()
+"""
+"""Module ``sitecustomize`` that measures the coverage of the processes of jobs."""
+
 
 @pytest.fixture(autouse=True)
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with an experiment and a user's module."""
     write_experiment(tmp_path)
     (tmp_path / "hooks_of_jobs.py").write_text(MODULE + HOOKS)
+    if (settings := coverage_settings()) is not None:
+        (tmp_path / "sitecustomize.py").write_text(MEASURED.format(settings=settings))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -36,7 +36,7 @@ def command(
     ]
 
 
-def _measuring() -> dict[str, str] | None:
+def coverage_settings() -> dict[str, str] | None:
     """Return the settings that measure a script's coverage with this process's."""
     current = coverage.Coverage.current()
     if current is None:
@@ -98,7 +98,7 @@ def _launch_forks(
             timeout_s,
             output,
             folder,
-            _measuring(),
+            coverage_settings(),
         )
         stdout, stderr = (
             (output / each).read_text(encoding="utf-8", errors="replace")
