@@ -65,7 +65,7 @@ def test_the_quick_start_works(tmp_path: Path, variables: dict[str, str]) -> Non
     """
     folder = tmp_path / "empty"
     folder.mkdir()
-    lines = commands(block("bash"))
+    lines = commands(block("text"))
     assert len([line for line in lines if line.startswith(INTERRUPTED)]) == 1
     printed = ""
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
