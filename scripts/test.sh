@@ -42,8 +42,8 @@ parallel=(-n auto --dist worksteal)
 site=(--ignore tests/docs/test_reference.py --ignore tests/docs/test_site.py)
 site+=(--ignore tests/docs/test_pages.py)
 
-# These measure speed: they run alone, after the other tests.
-alone=tests/end_to_end/test_benchmarks.py
+# These measure time: they run alone, after the other tests.
+alone=(tests/end_to_end/test_benchmarks.py tests/pipeline/hooks/test_stats_monitor.py)
 
 if [ "$versions" = locked ]; then
     check "ruff check" "$python" -m ruff check
@@ -52,9 +52,9 @@ if [ "$versions" = locked ]; then
     check "codespell" "$environment/bin/codespell"
     check "docs" bash scripts/docs.sh
     check "doctests" "$python" -m pytest src --doctest-modules --quiet --cov --cov-report=
-    check "tests" "$python" -m pytest tests "${parallel[@]}" --ignore "$alone" -m "$selection" \
+    check "tests" "$python" -m pytest tests "${parallel[@]}" "${alone[@]/#/--ignore=}" -m "$selection" \
         --cov --cov-append --cov-report=
-    check "tests of speed, and coverage" "$python" -m pytest "$alone" -m "$selection" \
+    check "tests of speed, and coverage" "$python" -m pytest "${alone[@]}" -m "$selection" \
         --cov --cov-append --cov-fail-under=95
 else
     "$python" -m pip list --disable-pip-version-check

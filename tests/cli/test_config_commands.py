@@ -138,8 +138,8 @@ def test_check_prints_all_errors(file: str, capsys: pytest.CaptureFixture[str]) 
     assert main(["config", "check", file, "wrong.yaml", "broken.yaml", "gone.yaml"]) == 2
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "experiment.yaml: ok"
-    assert any(line.startswith("error: wrong.yaml:30: data.train.shuffle: ") for line in out)
-    assert any(line.startswith("error: wrong.yaml:69: trainer.max_epoch: ") for line in out)
+    assert any(line.startswith("error: wrong.yaml:29: data.train.shuffle: ") for line in out)
+    assert any(line.startswith("error: wrong.yaml:68: trainer.max_epoch: ") for line in out)
     assert any(line.startswith("error: broken.yaml") and "broken YAML" in line for line in out)
     assert out[-1] == "gone.yaml: error: there is no file gone.yaml"
     assert main(["config", "check", file, "wrong.yaml", "--json"]) == 2

@@ -95,8 +95,11 @@ def test_the_picture_follows_the_size_of_the_terminal(progress: tuple[Path, int]
         terminal.wait_for(lambda screen: len(screen) == 30)
         for columns, rows in ((60, 20), (20, 5), (130, 50)):
             terminal.resize(columns, rows)
-            screen = terminal.wait_for(lambda screen, rows=rows: len(screen) == rows)  # type: ignore[misc]
-            assert max(map(len, screen)) <= columns
+            terminal.wait_for(
+                lambda screen, columns=columns, rows=rows: (  # type: ignore[misc]
+                    len(screen) == rows and max(map(len, screen)) <= columns
+                )
+            )
         terminal.press("\x03")
         assert terminal.wait() == 130
 

@@ -46,12 +46,12 @@ def write(folder: Path, stage: object = None, **state: Any) -> Path:
 def test_a_run_in_progress_has_its_stage_and_then_its_death(tmp_path: Path) -> None:
     """A run of another process is training at its newest step; after kill -9 it failed there."""
     with run_in_progress(tmp_path) as process:
-        wait_for_steps(tmp_path, 20, process)
+        wait_for_steps(tmp_path, 50, process)
         found = position(tmp_path)
         assert found.is_running
         assert found.stage in ("training", "evaluating", "saving")
         assert found.steps is not None
-        assert found.steps >= 20
+        assert found.steps >= 50
         assert (found.total_steps, found.max_epoch) == (700_000, 100_000)
         assert (found.host, summarize(tmp_path).state) == (None, "running")
         assert found.seconds_left is not None
@@ -70,7 +70,7 @@ def test_a_run_in_progress_has_its_stage_and_then_its_death(tmp_path: Path) -> N
     summary = summarize(tmp_path)
     assert (summary.state, summary.steps) == ("failed", found.steps)
     assert summary.seconds is not None
-    assert summary.seconds > logged * 0.04
+    assert summary.seconds > logged * 0.04 - 1  # the times are whole seconds
 
 
 def test_remaining_time_is_by_the_pace_of_this_start(tmp_path: Path) -> None:
