@@ -113,12 +113,14 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
             for name in names:
                 flush_file(Path(folder, name))
             flush_folder(Path(folder))
-        if os.path.lexists(path):
+        is_replaced = os.path.lexists(path)
+        if is_replaced:
             os.rename(path, old)
         try:
             os.rename(temporary, path)
         except BaseException:
-            os.rename(old, path)
+            if is_replaced:
+                os.rename(old, path)
             raise
     except BaseException:
         remove_folder(temporary)
