@@ -109,7 +109,7 @@ def test_steps_are_those_of_the_newest_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_hostile_stage_has_no_remaining_time(tmp_path: Path, stage: object) -> None:
-    """Values of wrong types and sizes are left out; nothing fails."""
+    """Values of wrong types and sizes are ignored; nothing fails."""
     found = position(write(tmp_path, stage))
     assert found.seconds_left is None
     assert found.is_running
@@ -131,7 +131,7 @@ def test_a_torn_or_special_stage_file_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_last_record_is_found_at_the_end_of_a_large_file(tmp_path: Path) -> None:
-    """Only the end of the file is read; damaged and cut lines are left out."""
+    """Only the end of the file is read; damaged and cut lines are ignored."""
     lines = [record(step) for step in range(5000)]
     folder = write_metrics(tmp_path, [*lines, "{broken}\n", "\x00\n", '{"global_step_id": 9'])
     assert last_record(folder / "metrics.jsonl")["global_step_id"] == 4999

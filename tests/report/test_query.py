@@ -147,7 +147,7 @@ def test_a_short_name_of_several_fields_is_refused(runs: Path) -> None:
 
 
 def test_runs_without_a_field_are_counted(runs: Path) -> None:
-    """A run without the field, or with a value of another kind, is left out and counted."""
+    """A run without the field, or with a value of another kind, is excluded and counted."""
     found = select(read_runs_of(runs), ["lr>0", "acc:best<1"])
     assert [run.path for run in found.runs] == ["a", "b", "d"]
     assert found.left_out == [

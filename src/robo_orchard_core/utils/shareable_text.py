@@ -64,7 +64,7 @@ def shareable_text(text: str) -> str:
 def shareable(value: Any) -> Any:
     """Return JSON-compatible data with shareable texts; embedded files (``data:``) stay.
 
-    >>> shareable({"hub_token": "0123456789", "steps": 3, "at": ["/root/data"]})
+    >>> shareable({"hub_token": "0123456789", "steps": 3, "at": ["/home/anna/data"]})
     {'hub_token': '(removed)', 'steps': 3, 'at': ['~/data']}
     """
     secrets, home = _secret_values(), os.path.expanduser("~")

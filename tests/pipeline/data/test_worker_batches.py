@@ -44,7 +44,7 @@ def persistent(dataset: Dataset[Any], batch_size: int = 4, **options: Any) -> Da
 
 
 def test_the_next_epoch_is_loaded_before_it_begins() -> None:
-    """When an epoch ends, persistent workers go on with the next one."""
+    """Persistent workers load the first batches of the next epoch before it begins."""
     dataset = Counting(40)
     data = data_of(persistent(dataset, shuffle=True))
     list(data.epoch(0))

@@ -86,7 +86,7 @@ def read(folder: Path) -> Profile:
 
 
 def check_stages(document: Profile, naps: dict[str, str]) -> None:
-    """Check that each stage has the time of the naps in a place, but for the first step.
+    """Check that each stage has the time of its naps, without the first step.
 
     The first two naps before a batch belong to the start of the run and to the first step. All
     stages together take the time of the steps, so none has the time of another's naps.

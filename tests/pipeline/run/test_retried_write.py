@@ -226,7 +226,7 @@ def test_progress_of_a_full_disk_is_dropped() -> None:
 
 
 def test_trace_is_complete_or_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A trace that torch could only begin to write is reported, and no file is left."""
+    """An incomplete trace of torch is reported, and removed."""
     profiler = TorchProfilerHookConfig(folder=str(tmp_path / "traces"), start_step=1, steps=1)
     with caplog.at_level(logging.ERROR):
         run(tmp_path, profiler, during({2: lambda: fill(2000), 4: lambda: fill(LIMITS[0])}))

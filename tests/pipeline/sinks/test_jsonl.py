@@ -343,7 +343,7 @@ def test_a_pandas_frame_distinguishes_missing_values_from_nan(path: Path) -> Non
 def test_a_frame_of_a_run_in_progress_lacks_the_torn_line(
     path: Path, kind: Literal["pandas", "polars"]
 ) -> None:
-    """A torn last line is left out, damage is an error with its line, and no records no rows."""
+    """A frame excludes a torn last line; damage is an error; no records are no rows."""
     pytest.importorskip(kind)
     path.write_bytes(b"")
     assert len(read_metrics(path, frame=kind)) == 0

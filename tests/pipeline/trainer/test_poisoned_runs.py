@@ -436,7 +436,7 @@ def test_rollback_leaves_poisoned_checkpoints_behind(tmp_path: Path) -> None:
 
 
 def test_the_update_that_spoilt_the_weights_is_left_out(tmp_path: Path) -> None:
-    """If weights are spoilt by an update with finite gradients, that update is left out."""
+    """A rollback skips an update that made weights non-finite with finite gradients."""
     guard = NonFiniteGuardConfig(
         policy="skip", max_skips_in_a_row=1, then="rollback", skip_batch=True
     )

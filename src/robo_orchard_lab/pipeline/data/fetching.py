@@ -111,7 +111,7 @@ class Fetcher(Dataset[Any]):
         for task in group.tasks:
             try:
                 batches.append(self[task])
-            except Exception:
+            except Exception:  # of the dataset; the task alone raises it again, in its place
                 if not batches:
                     raise
                 failed = task, traceback.format_exc()

@@ -163,7 +163,8 @@ class LossMean:
             for total in self._sums.values():
                 total.merge(part)
         self._weights = []
-        if self._rows is not None and self._rows.is_cpu:  # of a checkpoint of an older release
+        # A CPU tensor with a dimension made the slots; a resumed run has none at this point either.
+        if self._rows is not None and self._rows.is_cpu:
             self._rows, self._slots = None, []
 
     def _sum_unchecked(self) -> None:
