@@ -23,7 +23,7 @@ _MODULE_OF = {
     "BehaviorCloning": "behavior_cloning",
     "DiffusionPolicy": "diffusion",
     "Episode": "rollouts",
-    "Normalizer": "normalization",
+    "Normalizer": "policy",
     "Policy": "policy",
     "PolicyProcessor": "policy",
     "Reach": "samples",
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from robo_orchard_lab.policy.behavior_cloning import BehaviorCloning as BehaviorCloning
     from robo_orchard_lab.policy.diffusion import DiffusionPolicy as DiffusionPolicy
     from robo_orchard_lab.policy.environment_pool import RolloutError as RolloutError
-    from robo_orchard_lab.policy.normalization import Normalizer as Normalizer
+    from robo_orchard_lab.policy.policy import Normalizer as Normalizer
     from robo_orchard_lab.policy.policy import Policy as Policy
     from robo_orchard_lab.policy.policy import PolicyProcessor as PolicyProcessor
     from robo_orchard_lab.policy.pretrained import export_policy as export_policy

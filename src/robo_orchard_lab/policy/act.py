@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from robo_orchard_lab.policy.normalization import Normalizer, Statistics
 from robo_orchard_lab.policy.policy import (
     IMAGES,
     STATE,
+    Normalizer,
     Policy,
+    Statistics,
     feature_of,
     mean_without_padding,
     statistics_of,

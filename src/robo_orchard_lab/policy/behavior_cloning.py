@@ -8,8 +8,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from robo_orchard_lab.policy.normalization import Statistics
-from robo_orchard_lab.policy.policy import STATE, Policy, mean_without_padding
+from robo_orchard_lab.policy.policy import STATE, Policy, Statistics, mean_without_padding
 
 
 class BehaviorCloning(Policy):

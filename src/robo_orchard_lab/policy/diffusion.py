@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from robo_orchard_lab.policy.normalization import Statistics
-from robo_orchard_lab.policy.policy import STATE, Policy, mean_without_padding
+from robo_orchard_lab.policy.policy import STATE, Policy, Statistics, mean_without_padding
 from robo_orchard_lab.policy.temporal_unet import TemporalUNet
 
 
