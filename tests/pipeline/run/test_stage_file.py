@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from robo_orchard_lab.pipeline import PipelineHooks, TrainerProgress
-from robo_orchard_lab.pipeline.run.stage_file import STAGE_FILE, StageFile
+from robo_orchard_lab.pipeline.run.run_state import STAGE_FILE, StageFile
 from run_folders import train
 
 
