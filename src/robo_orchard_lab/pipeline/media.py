@@ -36,8 +36,12 @@ from robo_orchard_lab.pipeline.pixels import (
     to_image,
 )
 from robo_orchard_lab.pipeline.progress import TrainerProgress
-from robo_orchard_lab.pipeline.run.durable import find_leftovers, make_folder, replace_file
-from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
+from robo_orchard_lab.pipeline.run.durable import (
+    RetriedWrite,
+    find_leftovers,
+    make_folder,
+    replace_file,
+)
 
 logger = logging.getLogger(__name__)
 

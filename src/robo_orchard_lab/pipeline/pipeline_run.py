@@ -28,7 +28,7 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import WeightSet, autocast_context
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Request, Requests
-from robo_orchard_lab.pipeline.run.retried_write import OutputFile
+from robo_orchard_lab.pipeline.run.durable import OutputFile
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile
 
 if TYPE_CHECKING:

@@ -20,8 +20,12 @@ from robo_orchard_core.utils.hook import RemovableHandle
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
 from robo_orchard_lab.pipeline.job_log import announce, job_logger
-from robo_orchard_lab.pipeline.run.durable import make_folder, remove_leftovers, replace_file
-from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
+from robo_orchard_lab.pipeline.run.durable import (
+    RetriedWrite,
+    make_folder,
+    remove_leftovers,
+    replace_file,
+)
 
 logger = job_logger(__name__)
 

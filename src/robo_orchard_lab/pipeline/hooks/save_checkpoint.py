@@ -41,7 +41,7 @@ from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.model import plain_model
 from robo_orchard_lab.pipeline.pipeline_run import PipelineRun
 from robo_orchard_lab.pipeline.requests import Request
-from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
+from robo_orchard_lab.pipeline.run.durable import RetriedWrite
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharded_tensors import is_sharded, local_tensor
 from robo_orchard_lab.pipeline.sharding import non_finite_weights

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from robo_orchard_core.utils.logging import visible
 from robo_orchard_lab.pipeline.progress import TrainerProgress
-from robo_orchard_lab.pipeline.run.durable import make_folder
-from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
+from robo_orchard_lab.pipeline.run.durable import RetriedWrite, make_folder
 
 EVENTS_FILE = "events.jsonl"
 MAX_OF_A_KIND = 1000

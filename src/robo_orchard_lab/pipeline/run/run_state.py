@@ -32,13 +32,13 @@ from robo_orchard_lab.pipeline.errors import RankFailure, RunPreempted, StateErr
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.durable import (
+    RetriedWrite,
     make_folder,
     remove_leftovers,
     replace_file,
     set_aside,
 )
 from robo_orchard_lab.pipeline.run.event_log import EventLog
-from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.media import Receiver
 from robo_orchard_lab.pipeline.metrics import MetricsRecord, MetricValue, number_text
 from robo_orchard_lab.pipeline.progress import TrainerProgress
-from robo_orchard_lab.pipeline.run.retried_write import RetriedWrite
+from robo_orchard_lab.pipeline.run.durable import RetriedWrite
 
 logger = logging.getLogger(__name__)
 

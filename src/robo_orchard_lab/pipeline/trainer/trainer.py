@@ -46,7 +46,7 @@ from robo_orchard_lab.pipeline.plan import RunPlan
 from robo_orchard_lab.pipeline.plan_file import write_plan
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
-from robo_orchard_lab.pipeline.run.retried_write import OutputFile
+from robo_orchard_lab.pipeline.run.durable import OutputFile
 from robo_orchard_lab.pipeline.run.run_info import describe_run
 from robo_orchard_lab.pipeline.run.run_state import RunStateFile
 from robo_orchard_lab.pipeline.trainer import setup
