@@ -54,7 +54,6 @@ from robo_orchard_lab.pipeline.trainer.accumulation import AccumulationWindows, 
 from robo_orchard_lab.pipeline.trainer.commit import CommitPoint, check_metric_names
 from robo_orchard_lab.pipeline.trainer.evaluation import EvaluationMethods
 from robo_orchard_lab.pipeline.trainer.loss_weights import LossWeights, wrong_result
-from robo_orchard_lab.pipeline.trainer.lr_change import LRChange
 from robo_orchard_lab.pipeline.trainer.named_losses import NamedLosses
 from robo_orchard_lab.pipeline.trainer.rank_consistency import (
     ReplicaCheck,
@@ -63,7 +62,7 @@ from robo_orchard_lab.pipeline.trainer.rank_consistency import (
     describe_setup,
 )
 from robo_orchard_lab.pipeline.trainer.rank_state import trained_names, trained_parameters
-from robo_orchard_lab.pipeline.trainer.resume import AUTO, resume
+from robo_orchard_lab.pipeline.trainer.resume import AUTO, LRChange, resume
 from robo_orchard_lab.pipeline.trainer.skipped_batches import SkippedBatches
 from robo_orchard_lab.pipeline.trainer.snapshot import RunSnapshots
 from robo_orchard_lab.pipeline.trainer.updates import prepare_updates
