@@ -25,8 +25,7 @@ from robo_orchard_lab.pipeline.hooks import (
     SaveCheckpointConfig,
     StatsMonitorConfig,
 )
-from robo_orchard_lab.pipeline.plan import RunPlan
-from robo_orchard_lab.pipeline.plan_file import compare_plans
+from robo_orchard_lab.pipeline.plan import RunPlan, compare_plans
 from robo_orchard_lab.report.files import Problems
 from robo_orchard_lab.report.plan import read_plan
 from tiny import make_trainer
@@ -258,7 +257,7 @@ def test_a_resume_shows_the_difference_of_the_plans(
         "new: not there -> class PipelineHooks; on_epoch after, always",
         "order on on_step: log, kept -> kept, log",
     ]
-    messages = [r.getMessage() for r in caplog.records if r.name.endswith("plan_file")]
+    messages = [r.getMessage() for r in caplog.records if r.name.endswith("pipeline.plan")]
     assert messages[0] == "the hooks differ from those of the last start:"
     assert sorted(m.strip() for m in messages[1:]) == sorted(expected)
     [(_, step, text)] = events_of(tmp_path)
@@ -274,7 +273,7 @@ def test_a_resume_shows_the_difference_of_the_plans(
 
     caplog.clear()
     resumed(tmp_path, named("kept"), named("log", when="3 steps"), named("new", "on_epoch"))
-    assert not [r for r in caplog.records if r.name.endswith("plan_file")]
+    assert not [r for r in caplog.records if r.name.endswith("pipeline.plan")]
     saved = json.loads((tmp_path / "plan.json").read_text())
     assert saved["resumes"] == [resume]  # earlier resumes stay
 

@@ -42,8 +42,7 @@ from robo_orchard_lab.pipeline.metrics import MetricsBoard
 from robo_orchard_lab.pipeline.model import forward_in_context
 from robo_orchard_lab.pipeline.out_of_memory import FittingBatch
 from robo_orchard_lab.pipeline.pipeline_run import Locate, PipelineRun, dotted_setting
-from robo_orchard_lab.pipeline.plan import RunPlan
-from robo_orchard_lab.pipeline.plan_file import write_plan
+from robo_orchard_lab.pipeline.plan import RunPlan, write_plan
 from robo_orchard_lab.pipeline.progress import TrainerLimits, TrainerProgress
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.run.durable import OutputFile
