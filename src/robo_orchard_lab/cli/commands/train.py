@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial, reduce
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from robo_orchard_core.utils.logging import StderrHandler
 from robo_orchard_lab.cli import training
 from robo_orchard_lab.cli.errors import CommandError, ExitCode, check_target
 from robo_orchard_lab.cli.experiment_arguments import (
@@ -21,18 +25,73 @@ from robo_orchard_lab.cli.experiment_arguments import (
 )
 from robo_orchard_lab.cli.output import (
     count_text,
+    is_watched,
     json_option,
     note,
     print_json,
     print_table,
     say,
 )
-from robo_orchard_lab.cli.verbosity import verbosity_options
 from robo_orchard_lab.experiment.run_folder import CONFIG_FILE, run_config_file
 
 if TYPE_CHECKING:
     from robo_orchard_lab.experiment.config import ExperimentConfig
     from robo_orchard_lab.experiment.initial_weights import SavedWeights
+
+_PACKAGE = "robo_orchard_lab"
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def verbosity_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options to a command, and pass ``is_quiet``."""
+
+    @click.option(
+        "-v", "--verbose", is_flag=True, help="Show each epoch, each save, and who requested what."
+    )
+    @click.option("-q", "--quiet", is_flag=True, help="Show warnings and errors only.")
+    @click.option(
+        "--log-level",
+        type=click.Choice(_LEVELS),
+        help="Least level of log lines. `warning` is as --quiet, `debug` as --verbose with the "
+        "lines of other packages; `info` adds the lines of saves in a terminal.",
+    )
+    @functools.wraps(command)
+    def run(*args: Any, verbose: bool, quiet: bool, log_level: str | None, **others: Any) -> Any:
+        given = {"--verbose": verbose, "--quiet": quiet, "--log-level": log_level}
+        if len(names := [name for name, value in given.items() if value]) > 1:
+            raise CommandError(f"expected one of these options, found {' and '.join(names)}")
+        level = logging.WARNING if quiet else logging.DEBUG if verbose else None
+        if log_level is not None:
+            level = logging.getLevelNamesMapping()[log_level.upper()]
+        with _logging_at(level, includes_others=not verbose):
+            is_quiet = level is not None and level > logging.INFO
+            return command(*args, is_quiet=is_quiet, **others)
+
+    return run
+
+
+@contextmanager
+def _logging_at(level: int | None, *, includes_others: bool) -> Iterator[None]:
+    """Set the levels of the log; hide routine records in a terminal without a level."""
+    loggers = [logging.getLogger(_PACKAGE), *[logging.getLogger()] * includes_others]
+    before = [logger.level for logger in loggers]
+    handlers = [each for each in logging.root.handlers if isinstance(each, StderrHandler)]
+    if level is not None:
+        for logger in loggers:
+            logger.setLevel(level)
+    for handler in handlers if level is None and is_watched() else ():
+        handler.addFilter(_is_no_routine)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_is_no_routine)
+        for logger, old in zip(loggers, before, strict=True):
+            logger.setLevel(old)
+
+
+def _is_no_routine(record: logging.LogRecord) -> bool:
+    return not getattr(record, "is_routine", False)  # of pipeline.job_log.ROUTINE
 
 
 @click.command("train", cls=ExperimentCommand, lists_fields=True)
