@@ -1,9 +1,9 @@
 """Policies for manipulation: from observations to chunks of actions, and to a success rate.
 
-- `policy`: interface of policies, and the batch processor `PolicyProcessor`
-- `normalization`: normalization of observations and actions by the statistics of a dataset
+- `policy`: interface of policies, normalization of observations and actions by the statistics of a
+  dataset, and the batch processor `PolicyProcessor`
 - `behavior_cloning`: `BehaviorCloning`, an MLP
-- `diffusion`, `temporal_unet`: `DiffusionPolicy`, a 1-D temporal U-Net that denoises actions
+- `diffusion`: `DiffusionPolicy`, a 1-D temporal U-Net that denoises actions
 - `act`: `ACT`, a transformer on camera images
 - `rollouts`: `rollout`, episodes in vectorised environments, with their success rate
 - `environment_pool`, `environment_worker`: environments in worker processes

@@ -15,9 +15,9 @@ from robo_orchard_lab.policy.policy import (
     Statistics,
     feature_of,
     mean_without_padding,
+    sinusoidal_embedding,
     statistics_of,
 )
-from robo_orchard_lab.policy.temporal_unet import sinusoidal_embedding
 
 
 class ACT(Policy):

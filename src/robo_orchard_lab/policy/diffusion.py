@@ -1,7 +1,8 @@
 """Diffusion policy: denoise chunks of actions, given the state.
 
 - :class:`NoiseSchedule`: noise levels of training, and sampling by DDIM
-- :class:`DiffusionPolicy`: a policy whose denoiser is a 1-D temporal U-Net
+- :class:`TemporalUNet`: denoiser, a 1-D temporal U-Net with a condition (FiLM)
+- :class:`DiffusionPolicy`: policy of both
 
 Sources: DDPM (Ho et al. 2020), the squared cosine schedule (Nichol and Dhariwal 2021), DDIM (Song
 et al. 2021), Diffusion Policy (Chi et al. 2023).
@@ -11,12 +12,106 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from robo_orchard_lab.policy.policy import STATE, Policy, Statistics, mean_without_padding
-from robo_orchard_lab.policy.temporal_unet import TemporalUNet
+from robo_orchard_lab.policy.policy import (
+    STATE,
+    Policy,
+    Statistics,
+    mean_without_padding,
+    sinusoidal_embedding,
+)
+
+GROUPS = 8
+"""Groups of group normalization; channels are multiples."""
+
+
+class TemporalUNet(nn.Module):
+    """U-Net over the frames of a chunk, conditioned on a vector and on a noise level.
+
+    Args:
+        dim: values per frame.
+        condition_dim: size of the condition, even.
+        channels: channels at each resolution, multiples of 8; each further one halves the frames.
+    """
+
+    def __init__(self, dim: int, condition_dim: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        if not channels or any(count < 1 or count % GROUPS for count in channels):
+            raise ValueError(f"expected channels that are multiples of {GROUPS}, found {channels}")
+        if condition_dim < 2 or condition_dim % 2:
+            raise ValueError(f"expected an even condition_dim, found {condition_dim}")
+        self.condition_dim = condition_dim
+        self.level_encoder = nn.Sequential(
+            nn.Linear(condition_dim, 2 * condition_dim),
+            nn.SiLU(),
+            nn.Linear(2 * condition_dim, condition_dim),
+        )
+        both = 2 * condition_dim
+        self.enter = nn.Conv1d(dim, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(_Residual(count, count, both) for count in channels)
+        self.downsample = nn.ModuleList(
+            nn.Conv1d(count, wider, 3, stride=2, padding=1) for count, wider in pairwise(channels)
+        )
+        self.middle = _Residual(channels[-1], channels[-1], both)
+        self.up_blocks = nn.ModuleList(_Residual(2 * count, count, both) for count in channels)
+        self.upsample = nn.ModuleList(
+            nn.ConvTranspose1d(wider, count, 4, stride=2, padding=1)
+            for count, wider in pairwise(channels)
+        )
+        self.leave = nn.Conv1d(channels[0], dim, 1)
+
+    def forward(
+        self, values: torch.Tensor, level: torch.Tensor, condition: torch.Tensor
+    ) -> torch.Tensor:
+        """Return an output of the shape of the values.
+
+        Args:
+            values: noisy values (B, T, dim).
+            level: noise levels (B,).
+            condition: (B, condition_dim).
+        """
+        embedded = sinusoidal_embedding(level.to(condition.dtype), self.condition_dim)
+        both = functional.silu(torch.cat([self.level_encoder(embedded), condition], dim=1))
+        hidden = self.enter(values.transpose(1, 2))
+        skipped = []
+        for depth, block in enumerate(self.down_blocks):
+            if depth > 0:
+                hidden = self.downsample[depth - 1](hidden)
+            hidden = block(hidden, both)
+            skipped.append(hidden)
+        hidden = self.middle(hidden, both)
+        for depth in reversed(range(len(self.up_blocks))):
+            hidden = self.up_blocks[depth](torch.cat([hidden, skipped[depth]], dim=1), both)
+            if depth > 0:
+                hidden = self.upsample[depth - 1](hidden)
+        output: torch.Tensor = self.leave(hidden)
+        return output.transpose(1, 2)
+
+
+class _Residual(nn.Module):
+    """Two convolutions with group normalization; the condition scales and shifts the first."""
+
+    def __init__(self, channels: int, out_channels: int, condition_dim: int) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(channels, out_channels, 3, padding=1)
+        self.first_norm = nn.GroupNorm(GROUPS, out_channels)
+        self.film = nn.Linear(condition_dim, 2 * out_channels)
+        self.second = nn.Conv1d(out_channels, out_channels, 3, padding=1)
+        self.second_norm = nn.GroupNorm(GROUPS, out_channels)
+        is_equal = channels == out_channels
+        self.shortcut = nn.Identity() if is_equal else nn.Conv1d(channels, out_channels, 1)
+
+    def forward(self, values: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.film(condition).unsqueeze(-1).chunk(2, dim=1)
+        hidden = functional.silu(self.first_norm(self.first(values)))
+        hidden = self.second_norm(self.second(hidden * (1 + scale) + shift))
+        result: torch.Tensor = functional.silu(hidden) + self.shortcut(values)
+        return result
 
 
 class NoiseSchedule(nn.Module):

@@ -6,6 +6,7 @@ in [0, 1], ``action`` (B, T, A) and ``action_is_pad`` (B, T), True where an epis
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -273,3 +274,16 @@ def feature_of(batch: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         return batch[name]
     except KeyError:
         raise ValueError(f"expected {name!r} in a batch, found {', '.join(batch)}") from None
+
+
+def sinusoidal_embedding(position: torch.Tensor, size: int) -> torch.Tensor:
+    """Return sines and cosines of positions: shape (...) to (..., size), with an even size.
+
+    Wavelengths grow geometrically from 2 pi to 10,000 times 2 pi (Vaswani et al. 2017).
+
+    >>> sinusoidal_embedding(torch.tensor([0.0]), 4)
+    tensor([[0., 0., 1., 1.]])
+    """
+    exponent = torch.arange(size // 2, device=position.device, dtype=torch.float32) / (size // 2)
+    angle = position.unsqueeze(-1) * torch.exp(-math.log(10_000.0) * exponent)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
