@@ -40,6 +40,8 @@ EXPORTS_THE_TRAINER = "robo_orchard_lab.pipeline"
 # Public API despite an underscored module name.
 DOCUMENTED = {"torch.utils._python_dispatch.TorchDispatchMode"}
 
+LEAST_LINES_FOR_ONE_IMPORTER = 60
+
 FILES = sorted(SRC.rglob("*.py"))
 
 
@@ -124,6 +126,22 @@ def test_no_modules_import_each_other() -> None:
     graph = {module_of(file): set(modules_imported_by(file)) - {module_of(file)} for file in FILES}
     cycles = [set(found) for found in strongly_connected(graph) if len(found) > 1]
     assert cycles == []
+
+
+def test_no_small_module_has_a_single_importer() -> None:
+    """A module that one other module imports has at least 60 lines, or belongs into that module."""
+    importers: dict[str, set[str]] = {module: set() for module in MODULES}
+    for file in FILES:
+        for module in set(modules_imported_by(file)) - {module_of(file)}:
+            importers[module].add(module_of(file))
+    small = [
+        module_of(file)
+        for file in FILES
+        if file.name != "__init__.py"
+        and len(importers[module_of(file)]) == 1
+        and len(file.read_text(encoding="utf-8").splitlines()) < LEAST_LINES_FOR_ONE_IMPORTER
+    ]
+    assert small == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
