@@ -91,7 +91,7 @@ class Option:
             return repr(self.default)
 
     def add_to(self, add_argument: Callable[..., Any]) -> None:
-        """Declare the option: repeatable, and absent from results unless typed."""
+        """Declare the option in a parser: repeatable, and absent from the results if not given."""
         is_switch = self.field.annotation is bool
         kinds = [get_origin(kind) or kind for kind in union_members(self.field.annotation)]
         is_json = any(

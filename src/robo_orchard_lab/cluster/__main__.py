@@ -1,4 +1,4 @@
-"""Submission of the job of a folder: ``python -m robo_orchard_lab.cluster FOLDER``."""
+"""Command ``python -m robo_orchard_lab.cluster FOLDER``: submit the job that a folder describes."""
 
 import sys
 from pathlib import Path

@@ -77,7 +77,7 @@ _MAX_VISITS = 16
 
 
 def check_dataset_roots(part: Any) -> None:
-    """Refuse roots of image folders in a part whose links form a loop; torchvision follows links.
+    """Refuse image folders in a config whose symbolic links form a loop: torchvision follows links.
 
     Costs a listing of each folder.
     """

@@ -118,7 +118,7 @@ def predict(
     weights: str | None = None,
     max_batches: int | None = None,
 ) -> Predictions:
-    """Return the outputs for each sample of a set, in the order of its dataset, on every rank.
+    """Return the outputs for each sample of a data set, in the order of its dataset, on every rank.
 
     The set is loaded without shuffling and without ``drop_last``.
 
@@ -147,7 +147,10 @@ def evaluating(
     weights: str | None,
     max_batches: int | None,
 ) -> Iterator[tuple[PipelineHookArgs, Evaluator]]:
-    """Build the model with saved weights, and an evaluator of one set; see :func:`predict`."""
+    """Build the model with saved weights, and an evaluator of one data set.
+
+    The arguments are those of :func:`predict`.
+    """
     with experiment.located(), _accelerator_of(experiment) as accelerator:
         path, described = _find_set(experiment, data)
         experiment = with_data(experiment)
@@ -272,7 +275,7 @@ def _unknown_set(name: str, known: Collection[str]) -> ConfigFieldError:
 
 
 def _find_set(experiment: ExperimentConfig, name: str) -> tuple[tuple[str, ...], LoaderConfig]:
-    """Return the path and the configuration of a set by its name."""
+    """Return the path and the configuration of a data set by its name."""
     data = experiment.data
     sets: dict[str, Any] = {"train": (("data", "train"), data.train)}
     for kind in ("evaluation", "test"):

@@ -66,7 +66,7 @@ def check_stand_ins(experiment: Config) -> None:
 
 
 def named_datasets(part: Any) -> set[str]:
-    """Return the names of the datasets from which a part has values."""
+    """Return the names of the datasets that ``{from_data: ...}`` values in a config refer to."""
     return {value.get("dataset", TRAIN) for _, value, _ in _walk(part) if is_from_data(value)}
 
 

@@ -80,7 +80,7 @@ def export_model(
 ) -> ExportedModel:
     """Export a model with the inputs of its first call on a set, with a dynamic batch size.
 
-    The batch processor calls the model with a batch of the set. The exported model accepts the
+    The batch processor calls the model with a batch of the data set. The exported model accepts the
     same arguments, with any batch size from 1 on. Before the file is written, its outputs are
     compared with those of the live model, for the batch, half of it, and one sample.
 

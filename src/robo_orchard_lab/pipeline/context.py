@@ -228,7 +228,7 @@ class PipelineHookArgs:
 
     @property
     def evaluation(self) -> str | None:
-        """Name of the evaluating hook."""
+        """Name of the hook that evaluates; None outside of evaluations."""
         return self._evaluation
 
     @property

@@ -423,7 +423,7 @@ class HookTimes:
 
 
 def added_entry(before: Function | None, after: Function | None, owner: Any) -> Entry:
-    """Return an entry that a hook adds to a channel while it is wrapped."""
+    """Return an entry that the hook ``owner`` adds to a channel while the channel is wrapped."""
     return HookEntry(-1, HookContext.from_callable(before, after, owner.name), before, after, owner)
 
 

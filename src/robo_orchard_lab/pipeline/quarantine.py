@@ -107,7 +107,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 @dataclass(slots=True)
 class QuarantinedStep:
-    """One micro-batch of the window."""
+    """Micro-batch of an accumulation window, with what its replay needs."""
 
     epoch_id: int
     step_id: int

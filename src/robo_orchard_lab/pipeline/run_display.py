@@ -69,17 +69,17 @@ class RunStatus:
 
     @property
     def measurements(self) -> list[str]:
-        """Names with values."""
+        """Texts of the measured values, each after its name."""
         return [f"{one_line(n)} {_value_text(n, value)}" for n, value in self.values.items()]
 
     @property
     def rate(self) -> list[str]:
-        """Samples per second, if known."""
+        """Samples per second, as one text; empty if unknown."""
         return [] if self.samples_per_s is None else [f"{rate_text(self.samples_per_s)} samples/s"]
 
     @property
     def time(self) -> list[str]:
-        """Time left or taken, if known."""
+        """Remaining time of a run in progress, if known; else its duration."""
         if self.outcome != "running":
             word = "took" if self.outcome == "finished" else "stopped after"
             return [f"{word} {duration_text(self.seconds_taken)}"]

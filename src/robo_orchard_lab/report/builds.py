@@ -89,7 +89,7 @@ class Builds:
         return await self._current(_read_list, self.folder, lambda: (time.monotonic(),))
 
     def close(self) -> None:
-        """End the other processes."""
+        """End the processes that read the runs."""
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)

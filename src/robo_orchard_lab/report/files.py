@@ -223,15 +223,15 @@ def utc_time(value: Any) -> str | None:
 
 
 def whole(value: Any) -> int | None:
-    """Return an int that JavaScript represents exactly, or None."""
+    """Return a value that is an int and exact in JavaScript, else None."""
     return value if type(value) is int and abs(value) < 2**53 else None
 
 
 def mapping(value: Any) -> dict[str, Any]:
-    """Return a mapping, or an empty one."""
+    """Return a value that is a dict, else an empty dict."""
     return value if isinstance(value, dict) else {}
 
 
 def items(value: Any) -> list[Any]:
-    """Return a list, or an empty one."""
+    """Return a value that is a list, else an empty list."""
     return value if isinstance(value, list) else []

@@ -73,7 +73,7 @@ class Curve:
 
 
 def number(value: float) -> float | None:
-    """Return a number for JSON; None for a non-finite one."""
+    """Return a number as JSON can hold it: None in place of NaN and infinity."""
     return value if math.isfinite(value) else None
 
 

@@ -115,7 +115,7 @@ def is_evaluated_alike(model: Path, checkpoint: Path, document: Mapping[str, Any
 
 
 def card_of(experiment: ExperimentConfig) -> ModelCardConfig:
-    """Return the fields of the card that the experiment's `SaveModel` has."""
+    """Return the model card of the experiment's first `SaveModel` hook, else an empty one."""
     cards = (c.card for c in experiment.hooks.values() if isinstance(c, SaveModelConfig))
     return next(cards, ModelCardConfig())
 

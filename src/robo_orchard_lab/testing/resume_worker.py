@@ -105,7 +105,7 @@ def find_function(described: Mapping[str, Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True, slots=True)
 class RunOrder:
-    """Task of a worker.
+    """Part of a training that a worker process runs.
 
     Attributes:
         build: Location of the function that builds the trainer, from `describe_function`.

@@ -106,10 +106,10 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def state_facts(trainer: HookBasedTrainer) -> Facts:
-    """Return the facts of the complete state of a run.
+    """Describe the complete state of a run as facts, to compare two runs.
 
-    Weights, accumulated gradients, optimizer, LR scheduler, gradient scaler, RNG states, hook
-    states, and metrics that were published but not logged yet.
+    The facts cover weights, accumulated gradients, optimizer, LR scheduler, gradient scaler, RNG
+    states, hook states, and metrics that were published but not logged yet.
     """
     run = PipelineRun.standalone(accelerator=trainer.accelerator, model=trainer.model)
     model = plain_model(run)
@@ -350,7 +350,9 @@ def record_differences(
 
 
 def join_records(parts: Sequence[RunRecord]) -> tuple[RunRecord, dict[int, int]]:
-    """Join the records of one run; return also the start of the process of each step.
+    """Join the records of all processes of one run, each of which resumed the one before.
+
+    Return also, for each step, the step at which the process of this step started.
 
     Left out are the loop and epoch events that a stop causes (an early exit, a second entry), and
     the work that a process did after the checkpoint from which the next process resumed.

@@ -50,7 +50,7 @@ def format_of(path: str | os.PathLike[str]) -> Format:
 
 
 def check_format(name: str) -> Format:
-    """Return the name of a format."""
+    """Return `name`, checked to be the name of a format."""
     if name not in (known := get_args(Format)):
         raise ConfigError(f"expected a format out of {known}, found {name!r}")
     return cast("Format", name)

@@ -137,7 +137,7 @@ class FunctionInfo:
 
 
 def short_location(location: str) -> str:
-    """Return a location in an installed package, or far away, without its inner folders.
+    """Shorten a location in an installed package, or outside of the working folder.
 
     >>> short_location(".venv/lib/python3.12/site-packages/robo_orchard_lab/pipeline/plan.py:53")
     'robo_orchard_lab/.../plan.py:53'

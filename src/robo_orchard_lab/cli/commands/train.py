@@ -315,7 +315,7 @@ def predict(
     max_batches: int | None,
     as_json: bool,
 ) -> None:
-    """Write the outputs of a run's model for each sample of a set.
+    """Write the outputs of a run's model for each sample of a data set.
 
     \b
       robo-orchard-lab predict runs/spirals --data val --out predictions.jsonl

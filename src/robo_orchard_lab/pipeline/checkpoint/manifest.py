@@ -174,7 +174,7 @@ class ReadLimits:
 
 
 def check_sums(error: type[StateError], limits: ReadLimits, **found: int) -> None:
-    """Raise ``error`` if a sum, by the name of its limit, exceeds the limit."""
+    """Raise ``error`` if a number exceeds the limit of its name, a field of :class:`ReadLimits`."""
     for name, count in found.items():
         if count > (most := getattr(limits, name)):
             what = name.removeprefix("max_").replace("_", " ")

@@ -24,10 +24,10 @@ _passes = count()
 
 
 class Slot(NamedTuple):
-    """Name of a slot, chosen by the receiver."""
+    """Name of a slot, chosen by the training process."""
 
     pass_number: int
-    """Pass over the loader; the receiver knows no memory of an earlier pass."""
+    """Pass over the loader; slots of an earlier pass are not used again."""
     number: int
 
 

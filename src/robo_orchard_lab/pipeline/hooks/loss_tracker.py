@@ -112,7 +112,7 @@ class LossMean:
     )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums and the filled slots."""
+        """Return the sums, and the losses that are not summed yet."""
         # The slots are not summed first: saving must not change the rounding of later sums.
         used = len(self._weights)
         return {

@@ -188,7 +188,10 @@ class RankStates:
         }
 
     def check(self, state: Mapping[str, Any], of_data: Mapping[str, Any]) -> None:
-        """Raise a ``StateError`` if :meth:`load` can't load a state; ``of_data`` is the job's."""
+        """Raise a ``StateError`` if :meth:`load` can't load a state.
+
+        ``of_data`` is the state of the data that all ranks have in common.
+        """
         self.hooks.check_states(state["hooks"], plain_model(self.run))
         MetricsBoard.check(state["metrics"])
         self.data.check(of_data, state["data"])
