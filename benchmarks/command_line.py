@@ -1,20 +1,28 @@
-"""Time of the command line's help and of an inventory, including the start of the interpreter.
+"""Time of the command line's help, lists and checks, including the start of the interpreter.
 
-Each sample is a separate process; the reference is an interpreter that does nothing.
+Each sample is a separate process; the reference is an interpreter that does nothing. The lists are
+of a folder with 50 runs, and of the checkpoints of one run.
 """
 
+import os
+import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import partial
-from time import perf_counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter, perf_counter_ns
 
 from benchmarks.environment import describe
 from benchmarks.overhead import DISTRIBUTIONS
 from benchmarks.pythons import HERE, python_of, variables
 from benchmarks.report import Report, Row, Table
 from benchmarks.timing import interleave
+from benchmarks.training_start import BEGAN_NS, FILE
 
 BAR_MS = 600.0
 LONGEST_S = 120
+RUNS = 50
 REFERENCE = "an interpreter that does nothing"
 
 PROGRAM = """
@@ -25,53 +33,78 @@ print("torch" in sys.modules, file=sys.stderr)
 sys.exit(code)
 """
 
-HELP = {
+TRUST = ["--trust", "benchmarks"]
+IN_FULL = "config check FILE, in full"  # imports the classes that the file names
+COMMANDS = {
     "--help": ["--help"],
     "train --help": ["train", "--help"],
     "hooks list --help": ["hooks", "list", "--help"],
     "hooks list": ["hooks", "list"],
+    "checkpoint list RUN": ["checkpoint", "list", "runs/0"],
+    f"runs FOLDER, {RUNS} runs": ["runs", "runs"],
+    "config check FILE, a misspelled field": ["config", "check", "misspelled.yaml", *TRUST],
+    "config check FILE, a wrong value": ["config", "check", "wrong.yaml", *TRUST],
+    IN_FULL: ["config", "check", "experiment.yaml", *TRUST],
 }
 
 
 def run(*, quick: bool) -> Report:
-    commands = {REFERENCE: ["-c", "pass"]}
-    commands |= {name: ["-c", PROGRAM, *arguments] for name, arguments in HELP.items()}
-    samples = interleave(
-        {name: partial(_seconds, arguments) for name, arguments in commands.items()},
-        reference=REFERENCE,
-        rounds=1 if quick else 15,
-    )
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        _prepare(folder)
+        processes = {REFERENCE: ["-c", "pass"]}
+        processes |= {name: ["-c", PROGRAM, *arguments] for name, arguments in COMMANDS.items()}
+        samples = interleave(
+            {name: partial(_seconds, arguments, folder) for name, arguments in processes.items()},
+            reference=REFERENCE,
+            rounds=1 if quick else 15,
+        )
+        torch_is_loaded = [name for name in COMMANDS if _loads_torch(processes[name], folder)]
     rows = [
         Row.of(name, values, bar=None if name == REFERENCE else BAR_MS, scale=1e3)
         for name, values in samples.values.items()
     ]
-    faults = [
-        f"{name} imports torch" for name, arguments in HELP.items() if _loads_torch(arguments)
-    ]
-    note = "None of them imports torch." if not faults else "; ".join(faults)
-    table = Table("Help and inventories of the command line", "ms", rows, [note])
+    faults = [f"{name} imports torch" for name in torch_is_loaded if name != IN_FULL]
+    note = "; ".join(f"{name} imports torch" for name in torch_is_loaded)
+    table = Table("Commands of the command line", "ms", rows, [note or "None imports torch."])
     return Report("command_line", [table], faults, describe(DISTRIBUTIONS))
 
 
-def _seconds(arguments: list[str]) -> float:
+def _prepare(folder: Path) -> None:
+    """Write experiment files and 50 runs, which are copies of a trained one."""
+    wrong = {"experiment": ("", ""), "misspelled": ("max_epoch", "max_epochs")}
+    wrong["wrong"] = ("max_epoch: 1", "max_epoch: one")
+    for name, change in wrong.items():
+        Path(folder, f"{name}.yaml").write_text(FILE.replace(*change), "utf-8")
+    train = ["-m", "robo_orchard_lab", "train", "experiment.yaml", *TRUST]
+    _ended([*train, "--run_folder", "runs/0"], folder)
+    for number in range(1, RUNS):
+        shutil.copytree(folder / "runs/0", folder / f"runs/{number}")
+
+
+def _seconds(arguments: Sequence[str], folder: Path) -> float:
     began_at = perf_counter()
-    _ended(arguments)
+    _ended(arguments, folder)
     return perf_counter() - began_at
 
 
-def _loads_torch(arguments: list[str]) -> bool:
-    return _ended(["-c", PROGRAM, *arguments]).stderr.strip().endswith("True")
+def _loads_torch(arguments: Sequence[str], folder: Path) -> bool:
+    return _ended(arguments, folder).stderr.strip().endswith("True")
 
 
-def _ended(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def _ended(arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
     python = python_of("own")
     assert python is not None  # it is this one
-    return subprocess.run(
+    kept = variables("own") | {BEGAN_NS: str(perf_counter_ns())}
+    kept["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), kept.get("PYTHONPATH", "")])
+    done = subprocess.run(
         [python, *arguments],
-        cwd=HERE.parent,
-        env=variables("own"),
+        cwd=folder,
+        env=kept,
         capture_output=True,
         text=True,
-        check=True,
         timeout=LONGEST_S,
     )
+    if done.returncode not in (0, 2):  # 2 of a file with errors
+        raise subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stderr)
+    return done

@@ -44,7 +44,7 @@ BENCHMARKS = {
         Benchmark("loading", "an exact data order against the plain loader; a resume"),
         Benchmark("robot_data", "reading LeRobot datasets, beside lerobot's reader", "lerobot"),
         Benchmark("startup", "imports, and the time to the end of the first step, beside peers'"),
-        Benchmark("command_line", "how long one waits for help of the command line"),
+        Benchmark("command_line", "how long one waits for help, lists and checks of files"),
         Benchmark("footprint", "distributions and bytes that an installation brings"),
         Benchmark("many_ranks", "the protocols of a job by its ranks, simulated up to 4,096"),
         Benchmark("large_folders", "listings of many saves, and metrics files of many records"),

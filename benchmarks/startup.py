@@ -1,12 +1,15 @@
 """Time of an import, and of a training's first step.
 
 Each sample is a separate process, and contenders take turns. An import is timed within its process,
-the first step from the start of the process, including the interpreter.
+the first step from the start of the process, including the interpreter. CPU time excludes child
+processes.
 """
 
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter_ns
 
 from benchmarks.environment import describe
@@ -14,8 +17,9 @@ from benchmarks.overhead import DISTRIBUTIONS
 from benchmarks.pythons import HERE, Where, python_of, variables
 from benchmarks.report import Report, Row, Table
 from benchmarks.timing import Samples, interleave
+from benchmarks.training_start import BEGAN_NS, FILE
 
-BAR_CORE_MS, BAR_IMPORT = 150.0, 1.15
+BAR_CORE_MS, BAR_IMPORT, BAR_TRAINING = 150.0, 1.15, 1.15
 LONGEST_S = 120
 CORE, PIPELINE, REFERENCE = "robo_orchard_core", "robo_orchard_lab.pipeline", "accelerate"
 CORE_CONFIG = "robo_orchard_core.utils.config"  # most of what is in it
@@ -52,6 +56,8 @@ PEER_FIRST_STEPS: Mapping[str, tuple[str, Where]] = {
     "RoboOrchardLab": ("robo_orchard_lab_peer", "robo_orchard_lab"),
 }
 
+BARE, SCRIPT, FROM_FILE = "bare torch script", "script with this trainer", "train FILE"
+
 
 def run(*, quick: bool) -> Report:
     loads_torch = _loads_torch()
@@ -72,7 +78,7 @@ def run(*, quick: bool) -> Report:
         _first_step_seconds,
         rounds=1 if quick else 5,
     )
-    tables = [imports, steps]
+    tables = [imports, steps, *_training_tables(rounds=1 if quick else 9)]
     if not quick:
         tables += [
             _table("Imports of peers", PEER_IMPORTS, _import_seconds, rounds=2),
@@ -80,6 +86,52 @@ def run(*, quick: bool) -> Report:
         ]
     faults = ["importing robo_orchard_core loads torch"] if loads_torch else []
     return Report("startup", tables, faults, describe(DISTRIBUTIONS))
+
+
+def _training_tables(rounds: int) -> list[Table]:
+    """Return the tables of the wall and the CPU time of equal trainings with the usual hooks."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "experiment.yaml")
+        file.write_text(FILE, "utf-8")
+        programs = {
+            BARE: ["-m", "benchmarks.training_start", "bare"],
+            SCRIPT: ["-m", "benchmarks.training_start", "script"],
+            FROM_FILE: [
+                *("-m", "robo_orchard_lab", "train", str(file), "--trust", "benchmarks"),
+                "--run_folder",
+            ],
+        }
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+        for round_id in range(rounds + 1):  # in turns; the first one warms up
+            for name, program in programs.items():
+                run_folder = [] if name == BARE else [f"{folder}/{name.split()[0]}_{round_id}"]
+                times[name].append(_training_seconds([*program, *run_folder]))
+    tables = []
+    for place, clock in enumerate(("Wall", "CPU")):
+        samples = {name: [both[place] for both in times[name][1:]] for name in programs}
+        rows = [Row.of(BARE, samples[BARE], scale=1e3)]
+        for reference, name in ((BARE, SCRIPT), (SCRIPT, FROM_FILE)):
+            note = f"the ratio is to: {reference}"
+            row = Row.of(
+                *(name, samples[name]),
+                reference=samples[reference],
+                bar=BAR_TRAINING if clock == "Wall" else None,
+                note=note,
+                scale=1e3,
+            )
+            rows.append(row)
+        title = f"{clock} time from the start to the end of the first step, with the usual hooks"
+        tables.append(Table(title, "ms", rows))
+    return tables
+
+
+def _training_seconds(arguments: Sequence[str]) -> tuple[float, float]:
+    """Return the wall and the CPU time of a training to the end of its first step."""
+    printed = _output("own", *arguments, **{BEGAN_NS: str(perf_counter_ns())})
+    _, wall, cpu = next(
+        line for line in printed.splitlines() if line.startswith("seconds ")
+    ).split()
+    return float(wall), float(cpu)
 
 
 def _table(
@@ -148,13 +200,13 @@ def _loads_torch() -> bool:
     return _output("own", "-c", program).strip() == "True"
 
 
-def _output(where: Where, *arguments: str) -> str:
+def _output(where: Where, *arguments: str, **variable: str) -> str:
     python = python_of(where)
     assert python is not None  # unsupported contenders were left out
     return subprocess.run(
         [python, *arguments],
         cwd=HERE.parent,
-        env=variables(where),
+        env=variables(where) | variable,
         capture_output=True,
         text=True,
         check=True,
