@@ -299,14 +299,23 @@ class Accumulator:
 
 def combine(reduce: str, ranks: Sequence[RankValues]) -> float:
     """Reduce the values of the publishing ranks, in rank order; NaN for a mean without weight."""
+    if reduce not in ("mean", "sum"):
+        return combine_values(reduce, [value for rank in ranks for part in rank for value in part])
+    values = [n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t]
+    weights = [n[1] for n, _ in ranks] + [t[1] for _, t in ranks if len(t) == 2]
+    return combine_values(reduce, values, weights)
+
+
+def combine_values(reduce: str, values: Sequence[float], weights: Sequence[float] = ()) -> float:
+    """Reduce values, in rank order; means and sums from sums of values and sums of weights."""
     if reduce == "last":
-        return next(value for rank in ranks for part in rank for value in part)
+        return values[0]
     if reduce in ("max", "min"):
-        return _extreme(reduce, [value for rank in ranks for part in rank for value in part])
-    total = _fsum([n[0] for n, _ in ranks] + [t[0] for _, t in ranks if t])
+        return _extreme(reduce, values)
+    total = _fsum(values)
     if reduce == "sum":
         return total
-    weight = _fsum([n[1] for n, _ in ranks] + [t[1] for _, t in ranks if len(t) == 2])
+    weight = _fsum(weights)
     return total / weight if weight else math.nan
 
 

@@ -7,19 +7,19 @@ accumulators and :class:`DeferredMetrics` over the ranks at a logging point.
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 
 from robo_orchard_lab.pipeline.metrics.accumulators import (
     Accumulator,
     MetricValue,
-    RankValues,
     combine,
+    combine_values,
 )
 
 _HEADER = 3  # int64: bytes of the message, of its description, of its numbers
@@ -37,6 +37,18 @@ class RankData:
     """Tensors of any shape and device; received tensors are on the CPU."""
 
 
+@dataclass(frozen=True, slots=True)
+class RankBlock:
+    """Data of the ranks with an equal label and equal sizes, as arrays with a row for each rank."""
+
+    ranks: Sequence[int]
+    """Ranks, in order."""
+    label: str
+    numbers: np.ndarray[Any, np.dtype[np.float64]]
+    tensors: Sequence[torch.Tensor]
+    """Tensors on the CPU, with the ranks as their first dimension."""
+
+
 class RankGather:
     """All_gather of :class:`RankData`, whose content may differ between ranks.
 
@@ -49,12 +61,18 @@ class RankGather:
         self._capacity = _MIN_CAPACITY
 
     def __call__(self, data: RankData, accelerator: Any) -> list[RankData]:
-        """Return the data of all ranks in rank order: a collective, or two if the buffer grows.
+        """Return the data of all ranks in rank order; see :meth:`blocks`."""
+        return _by_rank(self.blocks(data, accelerator))
 
+    def blocks(self, data: RankData, accelerator: Any) -> list[RankBlock]:
+        """Return the data of all ranks: a collective, or two if the buffer grows.
+
+        Blocks are in the order of their first ranks: of thousands of ranks, nearly all are in one.
         ``accelerator`` defines the ranks and the device to send from; None for one process.
         """
         if accelerator is None or accelerator.num_processes == 1:
-            return [_copy_to_host(data)]
+            tensors = [tensor[None] for tensor in _copy_to_host(data.tensors)]
+            return [RankBlock([0], data.label, np.array([data.numbers], float), tensors)]
         device: torch.device = accelerator.device
         shapes = [[str(tensor.dtype), *tensor.shape] for tensor in data.tensors]
         text = json.dumps([data.label, shapes]).encode()
@@ -81,41 +99,45 @@ class RankGather:
             headers = received[:, : 8 * _HEADER].contiguous().view(torch.int64).tolist()
             largest = max(size for size, _, _ in headers)
             if largest <= self._capacity:
-                known: dict[bytes, _Description] = {}
-                return [
-                    _parse(row, header, known)
-                    for row, header in zip(received, headers, strict=True)
-                ]
+                return [*_parse(received, headers)]
             self._capacity = 1 << (largest - 1).bit_length()
 
 
-_Description: TypeAlias = tuple[str, list[tuple[torch.dtype, torch.Size]]]
+def _parse(received: torch.Tensor, headers: Sequence[Sequence[int]]) -> Iterator[RankBlock]:
+    """Iterate over the blocks in the messages of all ranks."""
+    rows = received.numpy()
+    groups: dict[bytes, list[int]] = {}  # ranks by their header and description
+    for rank, (_, n_text, _) in enumerate(headers):
+        groups.setdefault(rows[rank, : 8 * _HEADER + n_text].tobytes(), []).append(rank)
+    for described, ranks in groups.items():
+        size, n_text, n_numbers = headers[ranks[0]]
+        content = received[:, 8 * _HEADER + n_text : size]
+        if len(ranks) < len(rows):
+            content = content[ranks]
+        label, shapes = json.loads(described[8 * _HEADER :])
+        specs = [(getattr(torch, name.split(".")[1]), torch.Size(sizes)) for name, *sizes in shapes]
+        numbers = torch.float64, torch.Size([n_numbers // 8])
+        first, *tensors = unpack_bytes(content, [numbers, *specs])
+        yield RankBlock(ranks, label, first.numpy(), tensors)
 
 
-def _parse(row: torch.Tensor, header: list[int], known: dict[bytes, _Description]) -> RankData:
-    """Return the data in the message of a rank; ``known`` has the parsed descriptions."""
-    size, n_text, n_numbers = header
-    content = row[8 * _HEADER : size]
-    raw = content[: n_text + n_numbers].numpy().tobytes()
-    described, numbers = raw[:n_text], array("d", raw[n_text:]).tolist()
-    if described not in known:  # of thousands of ranks, nearly all describe the same
-        label, shapes = json.loads(described)
-        known[described] = (
-            label,
-            [(getattr(torch, name.split(".")[1]), torch.Size(sizes)) for name, *sizes in shapes],
-        )
-    label, specs = known[described]
-    return RankData(label, numbers, unpack_bytes(content[n_text + n_numbers :], specs))
+def _by_rank(blocks: Sequence[RankBlock]) -> list[RankData]:
+    found: dict[int, RankData] = {}
+    for block in blocks:
+        for row, (rank, numbers) in enumerate(
+            zip(block.ranks, block.numbers.tolist(), strict=True)
+        ):
+            found[rank] = RankData(block.label, numbers, [tensor[row] for tensor in block.tensors])
+    return [found[rank] for rank in sorted(found)]
 
 
-def _copy_to_host(data: RankData) -> RankData:
-    tensors = [tensor.detach() for tensor in data.tensors]
+def _copy_to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    tensors = [tensor.detach() for tensor in tensors]
     device = next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), None)
     if device is None:
-        return RankData(data.label, data.numbers, [tensor.clone() for tensor in tensors])
+        return [tensor.clone() for tensor in tensors]
     packed = pack_bytes(tensors, device).cpu()  # a device sync
-    specs = [(tensor.dtype, tensor.shape) for tensor in tensors]
-    return RankData(data.label, data.numbers, unpack_bytes(packed, specs))
+    return unpack_bytes(packed, [(tensor.dtype, tensor.shape) for tensor in tensors])
 
 
 def pack_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -127,12 +149,16 @@ def pack_bytes(tensors: Iterable[torch.Tensor], device: torch.device) -> torch.T
 def unpack_bytes(
     packed: torch.Tensor, specs: Iterable[tuple[torch.dtype, torch.Size]]
 ) -> list[torch.Tensor]:
-    """Split the result of :func:`pack_bytes` into tensors of the given dtypes and shapes."""
+    """Split the result of :func:`pack_bytes` into tensors of the given dtypes and shapes.
+
+    Results may be stacked: leading dimensions of ``packed`` are those of each tensor.
+    """
     tensors, begin = [], 0
     for dtype, shape in specs:
         end = begin + shape.numel() * dtype.itemsize
         # The clone is aligned for any dtype; a slice may not be.
-        tensors.append(packed[begin:end].clone().view(dtype).reshape(shape))
+        own = packed[..., begin:end].clone(memory_format=torch.contiguous_format)
+        tensors.append(own.reshape(-1).view(dtype).reshape([*packed.shape[:-1], *shape]))
         begin = end
     return tensors
 
@@ -223,9 +249,12 @@ def read_values(
     states = [metrics.states() for metrics, _ in deferred]
     flat = [tensor for own in states for tensor, _ in own]
     data = RankData(json.dumps(layout), numbers, [_stack(scalars), *flat])
-    ranks = gather(data, accelerator)
+    blocks = gather.blocks(data, accelerator)
 
-    values = [*_combine(ranks)]
+    values = [*_combine(blocks)]
+    if not deferred:
+        return values
+    ranks = _by_rank(blocks)
     begin = 1  # after the scalars
     for (metrics, step), own in zip(deferred, states, strict=True):
         end = begin + len(own)
@@ -247,18 +276,16 @@ def _read_alone(accumulators: Mapping[str, Accumulator]) -> list[MetricValue]:
     return values
 
 
-def _combine(ranks: Sequence[RankData]) -> Iterator[MetricValue]:
+def _combine(blocks: Sequence[RankBlock]) -> Iterator[MetricValue]:
     """Reduce the accumulators of all ranks."""
-    layouts: dict[str, dict[str, _Place]] = {}  # by label, since nearly all ranks have the same
-    scalars: list[list[float]] = []
-    for rank in ranks:
-        scalars.append(rank.tensors[0].tolist())
-        if rank.label not in layouts:
-            layouts[rank.label] = _places(rank.label)
-    for name in dict.fromkeys(name for layout in layouts.values() for name in layout):
-        step, values, reduction = 0, list[RankValues](), ""
-        for rank, own in zip(ranks, scalars, strict=True):
-            if (place := layouts[rank.label].get(name)) is None:
+    layouts, scalars = [], []
+    for block in blocks:
+        layouts.append(_places(block.label))
+        scalars.append(np.array(block.tensors[0].tolist(), ndmin=2))
+    for name in dict.fromkeys(name for layout in layouts for name in layout):
+        step, reduction, parts = 0, "", list[_Part]()
+        for block, layout, own in zip(blocks, layouts, scalars, strict=True):
+            if (place := layout.get(name)) is None:
                 continue
             reduce, begin, end, first, last = place
             if reduce != (reduction := reduction or reduce):
@@ -266,9 +293,36 @@ def _combine(ranks: Sequence[RankData]) -> Iterator[MetricValue]:
                     f"metric {name!r} is published with reduce={reduction!r} on one rank "
                     f"and with {reduce!r} on another"
                 )
-            step = max(step, int(rank.numbers[begin]))
-            values.append((rank.numbers[begin + 1 : end], own[first:last]))
-        yield MetricValue(name, combine(reduction, values), step)
+            step = max(step, int(block.numbers[:, begin].max()))
+            parts.append((block.ranks, block.numbers[:, begin + 1 : end], own[:, first:last]))
+        yield MetricValue(name, _combine_parts(reduction, parts), step)
+
+
+_Part: TypeAlias = tuple[Sequence[int], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+"""Ranks, and the numbers and tensors of a metric, with a row for each of the ranks."""
+
+
+def _combine_parts(reduce: str, parts: Sequence[_Part]) -> float:
+    """Reduce the values of all ranks, as `combine` does."""
+    if reduce not in ("mean", "sum"):
+        rows = [(ranks, np.hstack([numbers, tensors])) for ranks, numbers, tensors in parts]
+        return combine_values(reduce, _in_rank_order(rows))
+    values, weights = (
+        _in_rank_order([(ranks, numbers[:, i : i + 1]) for ranks, numbers, _ in parts])
+        + _in_rank_order([(ranks, tensors[:, i : i + 1]) for ranks, _, tensors in parts])
+        for i in (0, 1)
+    )
+    return combine_values(reduce, values, weights)
+
+
+def _in_rank_order(parts: Sequence[tuple[Sequence[int], np.ndarray[Any, Any]]]) -> list[float]:
+    """Return the elements of all rows, in the order of the ranks."""
+    elements = np.concatenate([rows.ravel() for _, rows in parts])
+    if len(parts) > 1:
+        ranks = np.concatenate([np.repeat(ranks, rows.shape[1]) for ranks, rows in parts])
+        elements = elements[ranks.argsort(kind="stable")]
+    found: list[float] = elements.tolist()
+    return found
 
 
 _Place: TypeAlias = tuple[str, int, int, int, int]
