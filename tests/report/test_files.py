@@ -70,6 +70,19 @@ def test_a_replaced_and_a_shorter_file_are_read_from_the_start(tmp_path: Path) -
     assert (values(reader), reader.restarted) == ([6], True)
 
 
+def test_a_file_that_was_cut_and_has_grown_again_is_read_from_the_start(tmp_path: Path) -> None:
+    """A resumed run cuts its metrics file; other lines in place of the read ones are seen."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    reader = LineReader(path, follow=True)
+    assert values(reader) == [1, 2]
+    path.write_text('{"a": 1}\n{"a": 3000}\n{"a": 4}\n')
+    assert (values(reader), reader.restarted) == ([1, 3000, 4], True)
+    with path.open("a") as file:
+        file.write('{"a": 5}\n')
+    assert (values(reader), reader.restarted) == ([5], False)
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_lines_are_complete_at_any_block_size(tmp_path: Path) -> None:
     """Lines longer than a block are complete; too long and damaged lines are counted once."""

@@ -21,6 +21,7 @@ MAX_LINE_BYTES = 4 << 20
 MAX_LINES_BYTES = 4 << 30
 _MAX_DEPTH = 40
 _BLOCK_BYTES = 1 << 20
+_COMPARED_BYTES = 256
 
 
 class Problems(list[str]):
@@ -119,7 +120,7 @@ class LineReader:
     """Reader of a file with a JSON object per line that resumes where it stopped.
 
     Damaged lines are skipped and counted, and so is a last line that a crash cut. A file that was
-    replaced or became shorter is read from its start.
+    replaced, became shorter or has other bytes before the position is read from its start.
 
     Args:
         path: the file, which may grow.
@@ -135,6 +136,7 @@ class LineReader:
         self._follow = follow
         self._identity: tuple[int, int] | None = None
         self._offset = 0
+        self._before = b""  # the last bytes up to the offset
         self._damaged = 0
         self._is_cut = False
 
@@ -146,9 +148,12 @@ class LineReader:
                 found = os.fstat(file.fileno())
                 self.restarted = (found.st_dev, found.st_ino) != self._identity
                 self.restarted |= found.st_size < self._offset
+                file.seek(self._offset - len(self._before))
+                # Bytes differ after a resumed run has cut the file and written on.
+                self.restarted |= file.read(len(self._before)) != self._before
                 if self.restarted:
                     self._identity = found.st_dev, found.st_ino
-                    self._offset = self._damaged = 0
+                    self._offset, self._before, self._damaged = 0, b"", 0
                 self._is_cut = False
                 file.seek(self._offset)
                 for line in self._lines(file, problems):
@@ -164,7 +169,7 @@ class LineReader:
                     yield value
         except FileNotFoundError:
             self.restarted, self._identity = self._identity is not None, None
-            self._offset = self._damaged = 0
+            self._offset, self._before, self._damaged = 0, b"", 0
             return
         except (OSError, ValueError) as error:
             problems.add(f"{name} can't be read: {reason_of(error)}")
@@ -191,9 +196,11 @@ class LineReader:
                 yield block[begin:at]
             rest = block[end:]
             self._offset += end
+            self._before = block[max(0, end - _COMPARED_BYTES) : end] or self._before
             if len(rest) > MAX_LINE_BYTES or is_too_long:
                 self._damaged += not is_too_long
                 self._offset += len(rest)
+                self._before = b""
                 rest, is_too_long = b"", True
         if rest and not self._follow and self._mark in rest:
             yield rest

@@ -9,7 +9,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -210,6 +210,83 @@ def test_other_file_is_refused(path: Path, text: str) -> None:
         JsonLinesSink(path).open(at(5))
     assert path.read_text(encoding="utf-8") == text
     assert [*path.parent.iterdir()] == [path]
+
+
+def test_opening_reads_the_end_alone(path: Path) -> None:
+    """A resume reads no more of 20,000 records than of 1,000; later records move."""
+
+    def bytes_read(count: int) -> int:
+        path.unlink(missing_ok=True)
+        path.write_bytes(b"".join(to_line(record(step)) for step in range(1, count + 1)))
+        before = Path("/proc/self/io").read_text().split()[1]
+        write(path, at(count - 2))
+        return int(Path("/proc/self/io").read_text().split()[1]) - int(before)
+
+    few, many = bytes_read(1_000), bytes_read(20_000)
+    assert few == pytest.approx(many, abs=1_000)
+    assert many < 100_000
+    assert steps(path) == [*range(1, 19_999)]
+    assert steps(path.with_name("metrics.aside-2.jsonl")) == [19_999, 20_000]
+
+
+@given(
+    st.lists(
+        st.sampled_from(["record", "long", "partial", "damaged", "torn", "empty"]), max_size=9
+    ),
+    st.integers(0, 9),
+    st.booleans(),
+)
+def test_the_end_of_a_file_is_split_like_a_complete_file(
+    tmp_path_factory: pytest.TempPathFactory, kinds: list[str], step: int, is_cut: bool
+) -> None:
+    """Read from its end in pieces, a file of good records keeps the lines that it keeps in one."""
+    lines = []
+    for number, kind in enumerate(kinds, start=1):
+        is_later = number > step
+        line = to_line(record(number, partial=kind == "partial" and is_later))
+        if kind == "long":
+            line = to_line(MetricsRecord(0, number, 1, (MetricValue("n" * 300, 0.5, number),)))
+        if is_later:  # damage before the last record to keep is not looked for
+            line = {"damaged": b"\xff\n", "torn": line[:9] + b"\n", "empty": b"\n"}.get(kind, line)
+        lines.append(line)
+    data = b"".join(lines)[: -1 if is_cut else None]
+    found: list[list[Any]] = []
+    for size in (1, 40, 200, 1 << 20):
+        path = tmp_path_factory.mktemp("sink") / "metrics.jsonl"
+        path.write_bytes(data)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("robo_orchard_lab.pipeline.sinks.jsonl._END_BYTES", size)
+            sink = JsonLinesSink(path)
+            try:
+                sink.open(at(step))
+            except MetricsFileError as error:
+                found.append([str(error.path == path)])
+            sink.close()
+        found.append([sink.newest_record, *(f.read_bytes() for f in sorted(path.parent.iterdir()))])
+    assert found[: len(found) // 4] * 4 == found
+
+
+def test_earlier_damage_is_found_by_reading(path: Path) -> None:
+    """A damaged line far before the resumed step stays in the file, and is an error of a reader."""
+    write(path, at(0), *map(record, range(1, 2_001)))
+    data = path.read_bytes().replace(b":", b"?", 1)
+    path.write_bytes(data)
+    write(path, at(2_000), record(2_001))
+    assert path.read_bytes() == data + to_line(record(2_001))
+    with pytest.raises(MetricsFileError, match="line 1 of"):
+        read_metrics(path)
+
+
+def test_damage_near_the_end_is_named_by_its_line(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A damaged line at the end moves; the warning has its number in the complete file."""
+    lines = [to_line(record(step)) for step in range(1, 2_001)]
+    path.write_bytes(b"".join([*lines[:1_990], b"damage\n", *lines[1_990:]]))
+    write(path, at(2_000))
+    assert f"line 1991 of {path} is no record of metrics: b'damage" in caplog.text
+    assert path.read_bytes() == b"".join(lines)
+    assert path.with_name("metrics.aside-1.jsonl").read_bytes() == b"damage\n"
 
 
 HOLD = """
