@@ -61,6 +61,14 @@ def test_a_regression_is_reported_when_measured_twice() -> None:
     assert compare(measured, stored) == ["slow: 1.300, stored as 1.000, 30% more"]
 
 
+def test_a_regression_is_reported_with_the_noise_of_the_stored_ratio() -> None:
+    """The median of the stored measurements counts, and the line has their range."""
+    measured = {"slow": lambda: 1.3, "fine": lambda: 1.2}
+    stored = {name: [0.9, 0.95, 1.0, 1.1, 1.4] for name in measured}
+    line = "slow: 1.300, stored as 1.000 (0.900 to 1.400 in 5 measurements), 30% more"
+    assert compare(measured, stored) == [line]
+
+
 def test_each_ratio_of_the_subset_is_stored() -> None:
     """The CI subset and the stored file name the same benchmarks."""
     assert set(json.loads(STORED.read_text(encoding="utf-8"))) == set(MEASURED)

@@ -100,7 +100,9 @@ def random_accumulators(seed: int, kind: Literal["equal", "some", "all"]) -> Any
             for _ in range(numbers.randrange(1, 4) if kind == "all" else 2):
                 value = numbers.choice([*VALUES, float("nan")] if index == 3 else VALUES)
                 is_tensor = numbers.random() < 0.5 if kind == "all" else index % 3 == 0
-                weight: Any = numbers.choice([1.0, 3.0, torch.tensor(2.0)]) if reduce == "mean" else 1.0
+                weight: Any = (
+                    numbers.choice([1.0, 3.0, torch.tensor(2.0)]) if reduce == "mean" else 1.0
+                )
                 accumulator.add(torch.tensor([value]) if is_tensor else value, weight)
         ranks.append(accumulators)
     return ranks
