@@ -84,7 +84,7 @@ def json_values(text: str | bytes) -> int:
     """
     if isinstance(text, str):
         return 1 + sum(map(text.count, ",:[{"))
-    return 1 + sum(map(text.count, (b",", b":", b"[", b"{")))
+    return 1 + len(text) - len(text.translate(None, b",:[{"))  # twice as fast as count()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -207,6 +207,28 @@ def test_pending_save_is_a_copy(digest: Any, tmp_path: Path) -> None:
     assert [info.step for info in store.list()] == [1, 2]
 
 
+def test_pending_save_of_a_large_state_is_a_copy(tmp_path: Path) -> None:
+    """Tensors that several threads copy are complete when prepare returns."""
+    state = {f"{n}": torch.full((1024, 257), float(n)) for n in range(70)}  # 1 MiB each
+    state |= {f"small{n}": torch.tensor(float(n)) for n in range(300)}
+    state["transposed"] = torch.arange(2.0 * 2**20).view(1024, 2048).T
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # else torch's own threads copy
+    try:
+        with CheckpointStore(tmp_path) as store:
+            for step in (1, 2):
+                for tensor in state.values():
+                    tensor.add_(step)
+                expected = {name: tensor.clone() for name, tensor in state.items()}
+                pending = store.prepare(step, {"model": state})
+                for tensor in state.values():
+                    tensor.zero_()
+                pending.commit()
+                assert same(dict(store.load(step).parts["model"]), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_saving_a_step_again_replaces_the_checkpoint(tmp_path: Path) -> None:
     """A step has one checkpoint, the newer one, which becomes the last."""
     with CheckpointStore(tmp_path) as store:

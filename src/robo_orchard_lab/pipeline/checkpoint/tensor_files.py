@@ -13,9 +13,12 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -77,7 +80,7 @@ class TensorInfo:
         return found.view(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FileLayout:
     """Layout of a safetensors file: its header and its tensors."""
 
@@ -87,7 +90,7 @@ class FileLayout:
     """Length and JSON of the header."""
     metadata: Mapping[str, str]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Size of the file in bytes."""
         return len(self.header) + max((tensor.end for tensor in self.tensors), default=0)
@@ -290,6 +293,9 @@ def _float_sum(tensor: torch.Tensor) -> torch.Tensor:
 # --- staging buffers -------------------------------------------------------------------------
 
 _MAPPED_FROM = 1 << 20  # a mapping of its own does not pay off for fewer bytes
+_MAX_COPY_THREADS = 4
+_BYTES_PER_THREAD = 32 << 20
+_LARGE_BYTES = 1 << 20
 _FILE_ALIGNMENT = 4096  # allows direct I/O
 
 _Signature = tuple[dict[str, str] | None, tuple[tuple[str, torch.dtype, torch.Size], ...]]
@@ -309,6 +315,33 @@ def allocate_buffer(size: int) -> torch.Tensor:
 def buffer_view(buffer: torch.Tensor) -> memoryview:
     """Return the memory of a CPU tensor of bytes, without a copy."""
     return buffer.numpy().data
+
+
+def _copy_tensors(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, has_devices: bool) -> None:
+    """Copy the second tensor of each pair into the first; from devices without waiting."""
+
+    @torch.no_grad()
+    def copy(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for target, source in pairs:
+            target.copy_(source, non_blocking=has_devices)
+
+    large = [pair for pair in pairs if pair[1].nbytes >= _LARGE_BYTES]
+    size = sum(source.nbytes for _, source in large)
+    threads = min(_MAX_COPY_THREADS, os.cpu_count() or 1, size // _BYTES_PER_THREAD)
+    if has_devices or threads < 2 or torch.get_num_threads() > 1:  # torch's threads copy as well
+        copy(pairs)
+        return
+    turns = iter(large)  # shared by the threads; small tensors would wait for the interpreter lock
+    pool = ThreadPoolExecutor(threads - 1, "copy-state")
+    helpers = [pool.submit(copy, turns) for _ in range(threads - 1)]
+    pool.shutdown(wait=False)  # a thread without a core is not waited for
+    try:
+        copy(turns)
+        copy(pair for pair in pairs if pair[1].nbytes < _LARGE_BYTES)
+    finally:
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
 
 
 class StagingBuffer:
@@ -341,15 +374,10 @@ class StagingBuffer:
         layouts = [layout for layout, _ in files]
         if [*map(id, layouts)] != [*map(id, self._layouts)]:
             self._lay_out(layouts)
-        sources = (tensors[info.name] for layout, tensors in files for info in layout.tensors)
-        devices = set()
-        with torch.no_grad():
-            for target, source in zip(self._targets, sources, strict=True):
-                on_device = source.device.type != "cpu"
-                target.copy_(source, non_blocking=on_device)
-                if on_device:
-                    devices.add(source.device)
-        for device in devices:
+        sources = [tensors[info.name] for layout, tensors in files for info in layout.tensors]
+        on_devices = [source for source in sources if not source.is_cpu]
+        _copy_tensors([*zip(self._targets, sources, strict=True)], has_devices=bool(on_devices))
+        for device in {source.device for source in on_devices}:
             torch.accelerator.synchronize(device)  # device sync: waits for the copies
         return self._files
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from robo_orchard_core.utils.strict_json import JsonError, check_json, json_values
+from robo_orchard_core.utils.strict_json import json_values
 from robo_orchard_lab.pipeline.checkpoint.manifest import (
     MANIFEST_FILE,
     CheckpointInfo,
@@ -340,9 +340,10 @@ def _encode_part(
         return None, {name: tensor.detach() for name, tensor in value.items()}
     try:
         tree, tensors = encode_state(value)
-        check_json(tree, limits.max_json_depth)
+        if _depth(tree) > limits.max_json_depth:
+            raise RecursionError
         document = json.dumps(tree, allow_nan=False).encode()
-    except (JsonError, RecursionError):
+    except RecursionError:
         raise StateError(
             f"the part {part!r} is nested deeper than {limits.max_json_depth}"
         ) from None
@@ -360,6 +361,15 @@ def _encode_part(
             f"the part {part!r}: {error}. Save long lists of numbers as tensors"
         ) from None
     return document, tensors
+
+
+def _depth(tree: Any) -> int:
+    """Return how many lists and dicts are nested in one another."""
+    depth, values = 0, [tree]
+    while containers := [value for value in values if type(value) in (dict, list)]:
+        depth += 1
+        values = [v for c in containers for v in (c.values() if type(c) is dict else c)]
+    return depth
 
 
 def _is_flat(value: Mapping[Any, Any]) -> bool:
