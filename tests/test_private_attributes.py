@@ -27,7 +27,8 @@ from torchmetrics import MeanSquaredError
 from robo_orchard_core.utils.config import Config
 from robo_orchard_core.utils.config.references import parametrization
 from robo_orchard_lab.pipeline.batch_processor import multiply_all
-from robo_orchard_lab.pipeline.data import rng
+from robo_orchard_lab.pipeline.data import fetching
+from robo_orchard_lab.pipeline.data.fetching import RngIsolation, seed_rng
 from robo_orchard_lab.pipeline.distributed.job_store import JobStore
 from robo_orchard_lab.pipeline.errors import PipelineStateError
 from robo_orchard_lab.pipeline.gradient_norm import total_norm
@@ -418,13 +419,13 @@ def test_a_cached_gaussian_survives_another_layout_of_memory(
 ) -> None:
     """The public state is read every time if NumPy's memory differs from it."""
     expected = np.random.RandomState(0).normal(size=4).tolist()
-    monkeypatch.setattr(rng, "c_uint32", ctypes.c_uint16)
+    monkeypatch.setattr(fetching, "c_uint32", ctypes.c_uint16)
     np.random.seed(0)
-    isolation = rng.RngIsolation()
+    isolation = RngIsolation()
     found = []
     for _ in range(4):
         with isolation:
-            rng.seed_rng(5)
+            seed_rng(5)
             np.random.normal()
         found.append(np.random.normal())
     assert found == expected

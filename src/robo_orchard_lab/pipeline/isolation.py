@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from robo_orchard_lab.pipeline.checkpoint import capture_random_state, restore_random_state
-from robo_orchard_lab.pipeline.data.rng import (
+from robo_orchard_lab.pipeline.data.random_generators import (
     RandomGenerator,
     generator_states,
     set_generator_states,

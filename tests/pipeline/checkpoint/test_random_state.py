@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from robo_orchard_lab.pipeline.data.rng import loader_generators
+from robo_orchard_lab.pipeline.data.random_generators import loader_generators
 from tiny import equal, make_loader, make_model, make_trainer, weights
 
 

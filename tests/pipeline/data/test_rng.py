@@ -14,7 +14,7 @@ from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
 from loaded_data import rng_states, same
 from robo_orchard_lab.pipeline.checkpoint import capture_random_state
-from robo_orchard_lab.pipeline.data.rng import PersistentRng, RngIsolation, seed_rng
+from robo_orchard_lab.pipeline.data.fetching import PersistentRng, RngIsolation, seed_rng
 
 
 @pytest.fixture(autouse=True)

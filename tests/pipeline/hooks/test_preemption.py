@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from launching import HELPERS
 from robo_orchard_lab.pipeline import HookBasedTrainer, PipelineHookArgs, PipelineHooks
-from robo_orchard_lab.pipeline.data.fetching import IgnoreSignals, ignore_signals_in_workers
+from robo_orchard_lab.pipeline.data.workers import IgnoreSignals, ignore_signals_in_workers
 from robo_orchard_lab.pipeline.errors import (
     PipelineConfigError,
     PipelineStateError,

@@ -13,8 +13,8 @@ from itertools import accumulate, count, islice
 from typing import Any, NamedTuple, TypeAlias
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches
+from robo_orchard_lab.pipeline.data.fetching import PersistentRng
 from robo_orchard_lab.pipeline.data.order import IndexOrder, StepPartition, StepSizes, split_evenly
-from robo_orchard_lab.pipeline.data.rng import PersistentRng
 from robo_orchard_lab.pipeline.progress import TrainerProgress
 
 

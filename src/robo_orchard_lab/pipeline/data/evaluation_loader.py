@@ -11,9 +11,14 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from robo_orchard_core.utils.config.errors import suggest_name
 from robo_orchard_lab.pipeline.batch_processor import count_batches
-from robo_orchard_lab.pipeline.data import rng
-from robo_orchard_lab.pipeline.data.fetching import IgnoreSignals, worker_startup
+from robo_orchard_lab.pipeline.data.fetching import indexed_seed, seed_generators, seed_rng
 from robo_orchard_lab.pipeline.data.loader import batches_of, copy_loader
+from robo_orchard_lab.pipeline.data.random_generators import (
+    dataset_generators,
+    iter_samplers,
+    loader_generators,
+)
+from robo_orchard_lab.pipeline.data.workers import IgnoreSignals, worker_startup
 from robo_orchard_lab.pipeline.errors import DataError, PipelineConfigError
 from robo_orchard_lab.pipeline.job_log import job_logger
 
@@ -116,11 +121,9 @@ class EvaluationLoader:
         self._who = who
         self._rank = rank
         self._processes = processes
-        self.generators = rng.loader_generators(loader)
+        self.generators = loader_generators(loader)
         """Random generators of the loader, its samplers and its dataset, by path."""
-        self._dataset_generators = rng.dataset_generators(
-            "dataset", getattr(loader, "dataset", None)
-        )
+        self._dataset_generators = dataset_generators("dataset", getattr(loader, "dataset", None))
         self._order: Iterable[Any] | None = None
         self._has_sample_indices = False
         self._own_batches: list[Any] = []
@@ -164,8 +167,8 @@ class EvaluationLoader:
         Raises:
             DataError: at the end, on all ranks: no rank had a batch.
         """
-        rng.seed_rng(seed, cuda=True)
-        rng.seed_generators(self.generators, seed)
+        seed_rng(seed, cuda=True)
+        seed_generators(self.generators, seed)
         first, stride = 0, 1
         limit = min(filter(None, (limit, self._max_batches)), default=None)
         if self._order is not None:
@@ -180,9 +183,9 @@ class EvaluationLoader:
         index = first
         other: Any = None
         while self._order is not None or limit is None or index < limit:
-            batch_seed = rng.indexed_seed(seed, 1 + index)
-            rng.seed_rng(batch_seed, cuda=True)
-            rng.seed_generators(self._dataset_generators, batch_seed)
+            batch_seed = indexed_seed(seed, 1 + index)
+            seed_rng(batch_seed, cuda=True)
+            seed_generators(self._dataset_generators, batch_seed)
             batch = next(batches, _END)
             if batch is _END:
                 break
@@ -212,7 +215,7 @@ def _check_undivided(name: str, loader: Any, processes: int, who: str) -> None:
             f"{who}: dataloaders[{name!r}] was prepared by Accelerate, which repeats batches to "
             f"divide them evenly among {processes} processes; give the plain DataLoader"
         )
-    for _, sampler in rng.iter_samplers(loader):
+    for _, sampler in iter_samplers(loader):
         if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
             raise PipelineConfigError(
                 f"{who}: dataloaders[{name!r}] has a DistributedSampler, which repeats samples to "

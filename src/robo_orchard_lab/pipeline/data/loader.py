@@ -29,8 +29,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from robo_orchard_lab.pipeline.data.fetching import IgnoreSignals
-from robo_orchard_lab.pipeline.data.rng import iter_samplers
+from robo_orchard_lab.pipeline.data.random_generators import iter_samplers
+from robo_orchard_lab.pipeline.data.workers import IgnoreSignals
 from robo_orchard_lab.pipeline.errors import PipelineConfigError
 from robo_orchard_lab.pipeline.job_log import job_logger
 

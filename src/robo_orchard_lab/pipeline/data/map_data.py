@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches
-from robo_orchard_lab.pipeline.data import rng
 from robo_orchard_lab.pipeline.data.epoch_batches import (
     BatchIndices,
     EpochBatches,
@@ -20,8 +19,11 @@ from robo_orchard_lab.pipeline.data.epoch_batches import (
 )
 from robo_orchard_lab.pipeline.data.fetching import (
     Fetcher,
+    RngStream,
     Task,
+    epoch_seed,
     is_deterministic,
+    seeded_tasks,
 )
 from robo_orchard_lab.pipeline.data.loader import BatchShard, batches_of, set_epoch_of
 from robo_orchard_lab.pipeline.data.order import (
@@ -30,6 +32,13 @@ from robo_orchard_lab.pipeline.data.order import (
     StepSizes,
     is_builtin,
     sampler_order,
+)
+from robo_orchard_lab.pipeline.data.random_generators import (
+    capture_generators,
+    check_generators,
+    iter_samplers,
+    loader_generators,
+    restore_generators,
 )
 from robo_orchard_lab.pipeline.data.worker_batches import WorkerBatches
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
@@ -74,13 +83,13 @@ class MapData:
         self._sampler = self._batch_source.sampler if self._has_torch_batches else None
         """Sampler of single samples; None if a custom batch sampler makes the batches."""
         self._index_source = self._batch_source if self._sampler is None else self._sampler
-        self._generators = rng.loader_generators(loader)
+        self._generators = loader_generators(loader)
         self._sampler_state = SamplerState(loader)
         methods = hasattr(loader.dataset, "state_dict"), hasattr(loader.dataset, "load_state_dict")
         self._stateful: Any = loader.dataset if all(methods) else None
         if shard.processes > 1 and self._generators:
-            first = broadcast_object(rng.capture_generators(self._generators), 0)  # a collective
-            rng.restore_generators(first, self._generators)  # now equal on all ranks
+            first = broadcast_object(capture_generators(self._generators), 0)  # a collective
+            restore_generators(first, self._generators)  # now equal on all ranks
         self._skips_seeding = order.keyed_by == "none" or is_deterministic(
             loader.dataset, loader.collate_fn
         )
@@ -115,7 +124,7 @@ class MapData:
         count = None
         if isinstance(self._batches, IndexedBatches):
             count = self._batches.steps - step_id
-        worker_seed = rng.epoch_seed(seed, epoch_id, rng.RngStream.WORKERS)
+        worker_seed = epoch_seed(seed, epoch_id, RngStream.WORKERS)
         # A proxy, since the workers' loader must not be deleted in a reference cycle.
         later = MapData._later_tasks(weakref.proxy(self), seed, epoch_id + 1, last_epoch)
         return self._workers.epoch(epoch_id, worker_seed, tasks, count, later)
@@ -194,7 +203,7 @@ class MapData:
         self, state: Mapping[str, Any], rank_state: Mapping[str, Any], within_epoch: bool
     ) -> None:
         """Raise ``StateError`` if the data differs from the saved data; changes nothing."""
-        rng.check_generators(state["random"], self._generators)
+        check_generators(state["random"], self._generators)
         self._sampler_state.check(state["samplers"])
         length, samples = state["sampler_length"], state["samples"]
         is_known = None not in (length, samples, state["samples_per_step"])
@@ -237,7 +246,7 @@ class MapData:
 
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
         """Make the next epoch resume from a state."""
-        rng.restore_generators(state["random"], self._generators)
+        restore_generators(state["random"], self._generators)
         self._sampler_state.restore(state.get("samplers", {}))
         if "dataset" in state:
             with errors_of(f"the dataset's {type(self._stateful).__qualname__}"):
@@ -247,7 +256,7 @@ class MapData:
 
     def _source_state(self) -> dict[str, Any]:
         return {
-            "random": rng.capture_generators(self._generators),
+            "random": capture_generators(self._generators),
             "samplers": self._sampler_state.capture(),
         }
 
@@ -292,14 +301,14 @@ class MapData:
             # A plain loader draws the seed of its workers first, even without workers.
             torch.empty((), dtype=torch.int64).random_(generator=self._user.generator)
         if self._has_custom_batches or not is_builtin(self._index_source):
-            return self._iterated_batches(rng.epoch_seed(seed, epoch_id, rng.RngStream.ORDER))
+            return self._iterated_batches(epoch_seed(seed, epoch_id, RngStream.ORDER))
         return self._indexed_batches(seed, epoch_id, loaded)
 
     def _indexed_batches(
         self, seed: int, epoch_id: int, loaded: Mapping[str, Any] | None = None
     ) -> IndexedBatches:
         partition = self._partition()
-        order_seed = rng.epoch_seed(seed, epoch_id, rng.RngStream.ORDER)
+        order_seed = epoch_seed(seed, epoch_id, RngStream.ORDER)
         order = sampler_order(self._index_source, torch.Generator().manual_seed(order_seed))
         first_step = first_sample = 0
         if loaded is not None:
@@ -329,26 +338,8 @@ class MapData:
     def _epoch_tasks(
         self, batches: EpochBatches, seed: int, epoch_id: int, step_id: int
     ) -> Iterator[Task]:
-        following = batches.from_step(step_id)
-        if self._skips_seeding:
-            return (Task(epoch_id, batch[0], batch[2], None, None) for batch in following)
-        key = rng.epoch_seed(seed, epoch_id, rng.RngStream.LOADING)
-        if self._order.keyed_by == "batch":
-            return (
-                Task(epoch_id, batch_id, indices, rng.indexed_seed(key, batch_id), None)
-                for batch_id, _, indices, _ in following
-            )
-        collating = rng.epoch_seed(seed, epoch_id, rng.RngStream.COLLATING)
-        return (
-            Task(
-                epoch_id,
-                batch_id,
-                indices,
-                rng.indexed_seed(collating, numbers[0]),
-                [rng.indexed_seed(key, number) for number in numbers],
-            )
-            for batch_id, numbers, indices, _ in following
-        )
+        keyed_by = "none" if self._skips_seeding else self._order.keyed_by
+        return seeded_tasks(batches.from_step(step_id), seed, epoch_id, keyed_by)
 
 
 def _check_batches(state: Mapping[str, Any]) -> None:
@@ -371,7 +362,7 @@ class SamplerState:
     def __init__(self, dataloader: Any) -> None:
         self._samplers = {
             path: sampler
-            for path, sampler in rng.iter_samplers(dataloader)
+            for path, sampler in iter_samplers(dataloader)
             if type(sampler) is not BatchSampler and not is_builtin(sampler)
         }
         self._initial = dict(self._attributes())

@@ -12,11 +12,24 @@ from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from torch.utils.data import DataLoader, IterableDataset
 
 from robo_orchard_lab.pipeline.batch_processor import count_batches, count_samples
-from robo_orchard_lab.pipeline.data import rng
 from robo_orchard_lab.pipeline.data.epoch_batches import BatchIndices
-from robo_orchard_lab.pipeline.data.fetching import IgnoreSignals, worker_startup
+from robo_orchard_lab.pipeline.data.fetching import (
+    ReseededDataset,
+    RngIsolation,
+    RngStream,
+    epoch_seed,
+    indexed_seed,
+    seed_rng,
+)
 from robo_orchard_lab.pipeline.data.loader import BatchShard, copy_loader, set_epoch_of
 from robo_orchard_lab.pipeline.data.order import DataOrder, StepSizes
+from robo_orchard_lab.pipeline.data.random_generators import (
+    capture_generators,
+    check_generators,
+    loader_generators,
+    restore_generators,
+)
+from robo_orchard_lab.pipeline.data.workers import IgnoreSignals, worker_startup
 from robo_orchard_lab.pipeline.distributed.collectives import gather_numbers, gather_objects
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, StateError
 from robo_orchard_lab.pipeline.progress import TrainerProgress
@@ -70,7 +83,7 @@ class StreamData:
         self._processes = processes
         self._progress = progress
         self._counter = counter
-        self._generators = rng.loader_generators(loader)
+        self._generators = loader_generators(loader)
         self._stateful = _find_stateful(loader)
         self._is_list = type(loader) in (list, tuple)
         self.check_state: Callable[[Any], Any] | None = None
@@ -80,9 +93,9 @@ class StreamData:
         )
         reads_in_workers = is_plain_loader and loader.num_workers > 0  # type: ignore[attr-defined]
         self._skips_seeding = order.keyed_by == "none" or self._is_list or reads_in_workers
-        self._reseeded: rng.ReseededDataset | None = None
+        self._reseeded: ReseededDataset | None = None
         if isinstance(loader, DataLoader) and is_plain_loader and loader.persistent_workers:
-            self._reseeded = rng.ReseededDataset(loader.dataset)
+            self._reseeded = ReseededDataset(loader.dataset)
             self._loader = copy_loader(
                 loader,
                 dataset=self._reseeded,
@@ -95,7 +108,7 @@ class StreamData:
         """Sizes of the epoch's steps, for lists of equal length on all ranks."""
         self.most_samples = 0
         """Samples of the largest batch so far, without the current one."""
-        self._isolation = rng.RngIsolation()
+        self._isolation = RngIsolation()
         self._epoch_id: int | None = None
         self._epoch_start: Mapping[str, Any] | None = None
         """State of the generators when the epoch began."""
@@ -113,7 +126,7 @@ class StreamData:
         """Iterate over the batches of an epoch from a step on."""
         state, rank_state = self._loaded or ({}, {})
         self._loaded = None
-        self._epoch_start = rng.capture_generators(self._generators)  # first: set_epoch may draw
+        self._epoch_start = capture_generators(self._generators)  # first: set_epoch may draw
         set_epoch_of(self._user, epoch_id)
         self._epoch_id = epoch_id
         self._first_number = state["samples"] if step_id > 0 and state else 0
@@ -132,13 +145,11 @@ class StreamData:
         if self._reseeded is not None:
             self._reseeded.seed, self._reseeded.epoch_id = seed, epoch_id
         with self._isolation, worker_startup():
-            rng.seed_rng(rng.epoch_seed(seed, epoch_id, rng.RngStream.ORDER))
+            seed_rng(epoch_seed(seed, epoch_id, RngStream.ORDER))
             iterator = iter(self._loader)
         if has_state:
-            rng.restore_generators(rank_state["random"], self._generators)
-        batches = self._seeded(
-            iterator, rng.epoch_seed(seed, epoch_id, rng.RngStream.LOADING), first
-        )
+            restore_generators(rank_state["random"], self._generators)
+        batches = self._seeded(iterator, epoch_seed(seed, epoch_id, RngStream.LOADING), first)
         for _ in range(step_id - first):
             next(batches, None)
         return self._numbered(batches, step_id)
@@ -217,7 +228,7 @@ class StreamData:
             "loader": _type_name(self._loader),
             "processes": self._processes,
             "samples": self._samples_done() if has_begun else 0,
-            "random": rng.capture_generators(self._generators) if start is None else start,
+            "random": capture_generators(self._generators) if start is None else start,
         }
 
     def rank_state(self) -> Mapping[str, Any]:
@@ -237,10 +248,10 @@ class StreamData:
         self, state: Mapping[str, Any], rank_state: Mapping[str, Any], within_epoch: bool
     ) -> None:
         """Raise ``StateError`` if the data differs from the saved data; changes nothing."""
-        rng.check_generators(state["random"], self._generators)
+        check_generators(state["random"], self._generators)
         _OF_RANK.check(rank_state, "data of the rank")
         if "random" in rank_state:
-            rng.check_generators(rank_state["random"], self._generators)
+            check_generators(rank_state["random"], self._generators)
         name = _type_name(self._loader)
         if state["loader"] != name:
             raise StateError(
@@ -269,14 +280,14 @@ class StreamData:
 
     def load(self, state: Mapping[str, Any], rank_state: Mapping[str, Any]) -> None:
         """Make the next epoch resume from a state."""
-        rng.restore_generators(state["random"], self._generators)
+        restore_generators(state["random"], self._generators)
         self._loaded = state, rank_state
         self._epoch_id = self._epoch_start = None
 
     def _stateful_state(self) -> Mapping[str, Any]:
         return {
             "stateful": self._stateful.state_dict(),
-            "random": rng.capture_generators(self._generators),
+            "random": capture_generators(self._generators),
         }
 
     def _seeded(self, batches: Iterator[Any], seed: int, step_id: int) -> Iterator[Any]:
@@ -289,7 +300,7 @@ class StreamData:
                 batch = next(batches, _END)
             else:
                 with self._isolation:
-                    rng.seed_rng(rng.indexed_seed(seed, step * processes + rank))
+                    seed_rng(indexed_seed(seed, step * processes + rank))
                     batch = next(batches, _END)
             if batch is _END:
                 self._ended_at = step

@@ -15,17 +15,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from robo_orchard_lab.pipeline.data.fetching import (
-    Fetcher,
-    IgnoreSignals,
-    LoadedGroup,
-    Task,
-    TaskGroup,
-    identity,
-    worker_startup,
-)
+from robo_orchard_lab.pipeline.data.fetching import Fetcher, LoadedGroup, Task, TaskGroup, identity
 from robo_orchard_lab.pipeline.data.loader import copy_loader
 from robo_orchard_lab.pipeline.data.slots import MAX_BYTES, SlotReader
+from robo_orchard_lab.pipeline.data.workers import IgnoreSignals, worker_startup
 from robo_orchard_lab.pipeline.errors import DataError
 
 _MAX_GROUP = 8

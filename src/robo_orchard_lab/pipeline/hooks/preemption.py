@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from robo_orchard_core.utils.hook import HookContext
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
-from robo_orchard_lab.pipeline.data.fetching import IgnoreSignals, ignore_signals_in_workers
+from robo_orchard_lab.pipeline.data.workers import IgnoreSignals, ignore_signals_in_workers
 from robo_orchard_lab.pipeline.distributed.failure_watch import has_any_rank_failed
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, PipelineStateError, RunPreempted
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
