@@ -493,7 +493,7 @@ def test_missing_metric_inputs_are_requested(batch: Any, metric_inputs: Any, mes
 
 
 def test_metric_inputs_are_detached() -> None:
-    """Also within lists and mappings, as detectors return."""
+    """Metrics get tensors without a graph, within lists and mappings as well."""
     outputs = torch.ones(2, requires_grad=True) * 2
 
     def inputs(outputs: Any, batch: Any) -> Any:

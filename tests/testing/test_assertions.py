@@ -300,7 +300,7 @@ def test_an_allowed_number_of_reads_passes() -> None:
 
 @pytest.mark.parametrize(("draw", "whose"), [(random.random, "Python"), (np.random.rand, "NumPy")])
 def test_use_of_other_global_generators_is_reported(draw: Callable[[], object], whose: str) -> None:
-    """Also if the weights of the tiny model do not depend on NumPy or Python."""
+    """A hook that draws from NumPy's or Python's RNG fails, though the weights do not change."""
 
     def drawing() -> PipelineHooks:
         hooks = PipelineHooks("draws")

@@ -116,7 +116,7 @@ def test_copies_from_a_device_are_counted() -> None:
 
 
 def test_counting_ends_with_the_block() -> None:
-    """Also after an error; nested blocks count separately."""
+    """Nothing is counted after the block, not after an error either; nested blocks count apart."""
     with pytest.raises(ZeroDivisionError), count_host_reads() as outer:  # noqa: PT012 - a scope
         with count_host_reads() as inner:
             scalar.item()
@@ -159,7 +159,7 @@ def registered(when: str | None, function: Any, role: str = "after") -> Pipeline
     ids=["function", "lambda", "partial", "object", "bound method"],
 )
 def test_a_read_is_attributed_to_its_hook(function: Any, when: str | None) -> None:
-    """Also in a function that is no method of a hook, with and without a trigger."""
+    """A read in a method or in a plain function is that of its hook, with and without a trigger."""
     with count_host_reads() as reads:
         run_hook(registered(when, function), steps=1)
     (read,) = [read for read in reads if read.hook]

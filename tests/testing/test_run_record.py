@@ -107,7 +107,7 @@ def test_a_build_without_a_trainer_is_refused(tmp_path: Path) -> None:
 
 
 def test_functions_are_found_by_name_and_by_file(tmp_path: Path) -> None:
-    """Also in a module that import does not find; a file that is not Python is an error."""
+    """A function is found in a module that import does not find; another file is an error."""
     found = find_function(describe_function(partial(not_a_trainer, resume_from=None)))
     assert found(tmp_path) == "no trainer"
     assert find_function(describe_function("pathlib:Path")) is Path

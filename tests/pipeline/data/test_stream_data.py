@@ -193,7 +193,7 @@ def test_samples_of_streams_are_numbered() -> None:
 
 
 def test_custom_iteration_is_kept() -> None:
-    """Also with persistent workers and keyed_by="none"."""
+    """A loader with an `__iter__` of its own gives its batches, also with persistent workers."""
     numbers: Any = torch.arange(12.0)
     options: dict[str, Any] = {"num_workers": 1, "persistent_workers": True}
     loader = Repeating(numbers, 4, **options)

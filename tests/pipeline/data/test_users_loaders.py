@@ -176,7 +176,7 @@ def test_dataset_generators_are_seeded(kind: str) -> None:
 
 @pytest.mark.parametrize("location", LOCATIONS)
 def test_generators_are_found(location: str) -> None:
-    """Also if no attribute of an object leads to the generator."""
+    """A generator is seeded wherever a dataset holds it, such as in a closure or a global."""
     check_exact(lambda **options: DataLoader(LOCATIONS[location](), 4, shuffle=True, **options))
 
 

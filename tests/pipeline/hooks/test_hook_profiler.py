@@ -571,8 +571,8 @@ def test_table_without_steps(caplog: pytest.LogCaptureFixture) -> None:
 # --- trace -----------------------------------------------------------------------------------
 
 
-def test_trace(tmp_path: Path) -> None:
-    """The trace has a window of steps, with channels, hooks and stages nested."""
+def test_a_trace_nests_channels_hooks_and_stages(tmp_path: Path) -> None:
+    """The trace has the configured steps, with hooks and stages within their channels."""
     hooks: list[Any] = [
         napping("on_optimizer_step", "before"),
         HookProfilerConfig(trace_start_step=4, trace_steps=3),

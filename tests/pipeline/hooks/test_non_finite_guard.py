@@ -465,7 +465,7 @@ def test_error_follows_the_logging_point(kind: str) -> None:
 
 
 def test_end_of_run_checks_after_last_logging_point() -> None:
-    """Also if the run writes a partial record at its end."""
+    """A bad update after the last logging point fails the run, which writes a partial record."""
     records: list[MetricsRecord] = []
     with pytest.raises(NonFiniteError, match="not finite in update 6"):
         train(

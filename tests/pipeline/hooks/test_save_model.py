@@ -48,7 +48,7 @@ def test_model_is_written_at_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after_epoch", [False, True])
 def test_stopped_run_is_written(after_epoch: bool, tmp_path: Path) -> None:
-    """Also if the stop is requested at the end of an epoch, as by early stopping."""
+    """A run that a hook stops writes its model, after a step and at the end of an epoch."""
     hooks = PipelineHooks("stops")
     if after_epoch:
         hooks.on_epoch.after(lambda args: args.requests.stop("good enough"))

@@ -213,7 +213,7 @@ def test_evaluation_does_not_change_training(accumulate: int) -> None:
 
 
 def test_evaluation_does_not_change_training_on_two_ranks(tmp_path: Path) -> None:
-    """Also with BatchNorm statistics that differ by rank, within an accumulation window."""
+    """Two ranks train as without evaluations, with BatchNorm and within accumulation windows."""
     first, second = (rank["while_training"] for rank in run_on_ranks(tmp_path, "while_training"))
     assert first["same"]
     assert second["same"]

@@ -596,6 +596,7 @@ def test_an_argument_of_the_wrong_type_is_refused(wrong: Any, message: str) -> N
 
 @pytest.mark.parametrize("hooks", [Silent, [Silent]])
 def test_a_hook_class_instead_of_a_hook_is_refused(hooks: Any) -> None:
+    """The error says to pass an instance of the class."""
     with pytest.raises(
         HookRegistrationError, match=r"got type Silent; pass an .* Silent\(\.\.\.\)"
     ):
