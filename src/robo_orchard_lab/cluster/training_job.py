@@ -41,7 +41,7 @@ class JobError(RuntimeError):
 
 
 class _TrainingEndedError(Exception):
-    """The training ended while the job was asked to requeue."""
+    """End of the training while the job was asked to requeue."""
 
 
 @dataclass

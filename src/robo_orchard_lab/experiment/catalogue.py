@@ -164,7 +164,7 @@ TABLE = "tool.robo_orchard_lab"
 
 @dataclass(frozen=True)
 class ExperimentTrust:
-    """The user's trust in addition to the catalogue.
+    """Trust of the user in addition to the catalogue.
 
     >>> ExperimentTrust(("my_team.models",)).trust.covers("my_team.models.resnet", "ResNet")
     True

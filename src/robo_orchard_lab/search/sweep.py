@@ -52,7 +52,7 @@ class SweepError(ConfigError):
 
 
 class _NoResultError(Exception):
-    """The run of a trial failed, or was stopped and continues in another trial."""
+    """Failure of a trial's run, or its stop, after which another trial continues."""
 
 
 @dataclass(frozen=True)

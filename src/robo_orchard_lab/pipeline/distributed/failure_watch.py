@@ -110,7 +110,7 @@ class LostRankDetector:
 
 
 class FailureWatch:
-    """Checks the other ranks and the progress of the run twice a second.
+    """Thread that checks the other ranks and the progress of the run twice a second.
 
     Between two sections it only writes heartbeats. ``store`` is None for one process.
     """

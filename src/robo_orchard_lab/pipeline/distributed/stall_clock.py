@@ -25,7 +25,7 @@ STACKS_FOLDER = "stalled"
 
 
 class StallClock:
-    """Measures the time without progress of a run.
+    """Clock of the time that a run makes no progress.
 
     Steps, optimizer steps, batches of evaluations, and files of checkpoints are progress. The clock
     counts checks without progress, so a suspended process has not stalled when it continues. Stacks

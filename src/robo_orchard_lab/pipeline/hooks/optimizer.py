@@ -44,7 +44,7 @@ _FORWARDING = frozenset(
 
 
 class OptimizerHook(PipelineHooks):
-    """Steps the optimizer at each accumulation boundary; the outermost hook on ``on_step``.
+    """Hook that steps the optimizer at each accumulation boundary; outermost on ``on_step``.
 
     Its ``after`` opens ``on_optimizer_step`` around this::
 
@@ -153,7 +153,7 @@ class OptimizerHook(PipelineHooks):
 
     @property
     def lr_schedulers(self) -> dict[str, torch.optim.lr_scheduler.LRScheduler]:
-        """The LR scheduler by the name of its optimizer; empty without."""
+        """LR schedulers by the names of their optimizers; empty without LR schedulers."""
         return {} if self.lr_scheduler is None else {self.optimizer_name: self.lr_scheduler}
 
     def _follow(self, found: MetricValue) -> None:
@@ -293,7 +293,7 @@ class OptimizerHook(PipelineHooks):
 
 
 class NamedOptimizersHook(PipelineHooks):
-    """Steps several optimizers, each by its own :class:`OptimizerHook`; outermost on ``on_step``.
+    """Hook of several optimizers, each with its own `OptimizerHook`; outermost on ``on_step``.
 
     The trainer calls :meth:`update` for a named step at an accumulation boundary. All other
     optimizers with a loss in the window are stepped in the ``after`` of ``on_step``, in the order

@@ -120,7 +120,7 @@ def _without_filters(git: _Git) -> list[str] | None:
 
 
 class _Git:
-    """Runs git in a folder, up to a point in time."""
+    """Calls of git in a folder, up to a point in time."""
 
     def __init__(self, folder: Path, ends_at: float) -> None:
         self._folder = folder

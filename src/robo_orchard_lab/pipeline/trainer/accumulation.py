@@ -40,7 +40,7 @@ class JointWindow:
 
 @dataclass(eq=False)
 class JointWindows:
-    """Aligns ranks with different batches, and different numbers of batches, within an epoch.
+    """Alignment of ranks with different batches, and different numbers of batches, in an epoch.
 
     Ranks exchange the sizes of their batches for each window, when all its batches are loaded. With
     ``ahead``, a window of one step is exchanged during the step before. The epoch ends when no rank
@@ -194,7 +194,7 @@ WINDOW_SCHEMA = StateSchema(
 
 @dataclass(eq=False)
 class AccumulationWindows:
-    """Splits the batches of an epoch into accumulation windows; the last window may be short.
+    """Split of an epoch's batches into accumulation windows; the last window may be short.
 
     The loss of a batch is divided by ``samples of the window / samples of the batch``: n equal
     micro-batches divide each loss by n. So n micro-batches equal one batch n times as large, and

@@ -41,7 +41,7 @@ _PUBLISHERS = {
 
 
 class CommitPoint:
-    """Executes the requests of hooks, and keeps account of what is logged.
+    """Execution of the requests of hooks, and the record of what is logged.
 
     All scopes are closed and the state is consistent when the trainer calls it. ``on_evaluation``
     opens the channel around an evaluation.

@@ -24,7 +24,7 @@ from robo_orchard_lab.pipeline.trainer.setup import ENGINES
 
 
 class LossWeights:
-    """Scales losses and gradients so that an optimizer step uses the weighted mean of its window.
+    """Scaling of losses and gradients to the weighted mean of an accumulation window.
 
     The total weight is known after the last forward pass of the window. Each loss is therefore
     multiplied by its weight, and at the end of the window all gradients are divided by the total

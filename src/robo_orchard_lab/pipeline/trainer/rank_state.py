@@ -145,7 +145,7 @@ _SCHEMA = StateSchema(
 
 @dataclass(eq=False)
 class RankStates:
-    """Captures and restores the state of this rank, also at a different world size.
+    """Capture and restore of the state of this rank, also at a different world size.
 
     Gradients of an open accumulation window are either this rank's own, of which the job's are the
     mean over the ranks, or reduced already, as sharded ones may be.

@@ -35,7 +35,7 @@ _NO_SPARE = (
 
 
 class SkippedBatches:
-    """Runs the steps of skipped batches, and weights or drops the updates of their windows.
+    """Steps of skipped batches, and the weighted or dropped updates of their windows.
 
     Args:
         run: objects of the run.

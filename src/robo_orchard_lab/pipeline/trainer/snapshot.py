@@ -63,7 +63,7 @@ _GRADIENTS = "own_gradients.", "reduced_gradients."
 
 
 class RunSnapshots:
-    """Captures a run, and restores a run from a snapshot.
+    """Capture of a run, and restore of a run from a snapshot.
 
     ``check_weights`` raises an error if the weights differ between ranks.
     """

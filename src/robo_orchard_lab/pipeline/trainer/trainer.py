@@ -80,7 +80,7 @@ _ONE_SAMPLE = (
 
 
 class HookBasedTrainer(EvaluationMethods):
-    """Trains a model; hooks do everything beyond the loop.
+    """Trainer of a model; hooks do everything beyond the loop.
 
     Calling the trainer runs this, where ``with on_x`` stands for the hooks of a channel, the first
     registered outermost::
