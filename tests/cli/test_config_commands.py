@@ -259,11 +259,12 @@ def test_check_imports_nothing_of_a_file_with_untrusted_code(
 ) -> None:
     """The errors that need imports are not searched for then."""
     Path("own.yaml").write_text(
-        f"base: {file}\nsede: 1\nmodel: {{class_type: own:Net}}\nseed: -1\n"
+        f"base: {file}\nsede: 1\nmodel: {{class_type: own:Net}}\nseed: -1\noptimizer: {{lr: x}}\n"
     )
     capsys.readouterr()
     assert main(["config", "check", "own.yaml"]) == 2
     out = capsys.readouterr().out
     assert "'own:Net' is not trusted" in out
     assert "sede: an experiment has no such field" in out
-    assert "seed: Input" not in out
+    assert "seed: Input" in out
+    assert "optimizer.lr" not in out

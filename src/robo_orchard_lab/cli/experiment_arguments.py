@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -82,12 +83,15 @@ class ExperimentArguments:
         """Validate a document; each error has its location."""
         from robo_orchard_lab.experiment.config import ExperimentConfig
 
-        try:
+        with _located(document):
             return ExperimentConfig.from_document(document, self.trust, all_errors=all_errors)
-        except ConfigError as error:
-            for other in error.others:
-                document.locate(other)
-            raise
+
+    def check(self, document: ExperimentDocument) -> None:
+        """Check a document without an import of the code that it names."""
+        from robo_orchard_lab.experiment.config import ExperimentConfig
+
+        with _located(document):
+            ExperimentConfig.check_document(document, self.trust)
 
     def sets(self, field: str) -> bool:
         """Return True if the command line or the environment sets a field of the top."""
@@ -120,6 +124,17 @@ class ExperimentArguments:
         fields = {RUN_FOLDER: str(folder), **fields}
         added = [Override((name,), value, None, origin) for name, value in fields.items()]
         return replace(self, overrides=(*added, *self.overrides))
+
+
+@contextmanager
+def _located(document: ExperimentDocument) -> Iterator[None]:
+    """Locate the further errors of an error of the body, too."""
+    try:
+        yield
+    except ConfigError as error:
+        for other in error.others:
+            document.locate(other)
+        raise
 
 
 class ExperimentCommand(Command):

@@ -29,21 +29,21 @@ COMPLETE_VARIABLE = "_ROBO_ORCHARD_LAB_COMPLETE"
 _STYLE_CODES = re.compile(r"(\x1b\[(?:0|1|31|32)m)")  # of `styled`
 
 
-def say(text: str = "") -> None:
+def say(text: str = "", *, flush: bool = False) -> None:
     """Print a line of the result to standard output."""
-    _print(text, sys.stdout)
+    _print(text, sys.stdout, flush=flush)
 
 
 def note(text: str) -> None:
     """Print a line to standard error."""
-    _print(text, sys.stderr)
+    _print(text, sys.stderr, flush=True)
 
 
-def _print(text: str, stream: TextIO) -> None:
+def _print(text: str, stream: TextIO, *, flush: bool) -> None:
     """Print a line, escaped except for the style codes of a stream with styles."""
     parts = _STYLE_CODES.split(text) if shows_style(stream) else [text]
     shown = (part if number % 2 else visible(part) for number, part in enumerate(parts))
-    print("".join(shown), file=stream, flush=stream is sys.stderr)
+    print("".join(shown), file=stream, flush=flush)
 
 
 def styled(text: str, style: str, stream: TextIO | None = None) -> str:

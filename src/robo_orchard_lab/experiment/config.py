@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from robo_orchard_core.utils.config import ConfigError, ConfigFieldError, Trust, TrustLike
 from robo_orchard_core.utils.config.errors import Path
@@ -24,6 +24,33 @@ if TYPE_CHECKING:  # with torch
 
 
 _TRAIN = ("data", "train")
+T = TypeVar("T")
+
+
+def _trust_of(trust: TrustLike) -> Trust:
+    if isinstance(trust, Trust):
+        return trust
+    trusted = ExperimentTrust.of(trust)
+    trusted.make_local_modules_importable()
+    return trusted.trust
+
+
+def _load(document: ExperimentDocument, load: Callable[[ExperimentDocument], T]) -> T:
+    """Load a document, with overrides read as text where a field requires text."""
+    refused: list[ConfigFieldError] = []
+    while True:
+        try:
+            return load(document)
+        except ConfigFieldError as error:
+            for before in refused:  # text doesn't fit either: report the first error
+                if before.path[: len(error.path)] == error.path:
+                    raise document.locate(before) from before.__cause__
+            as_text = document.with_text(error.path)
+            if as_text is None:
+                raise document.locate(error) from error.__cause__
+            refused, document = [*refused, error], as_text
+        except ConfigError as error:
+            raise document.locate(error) from error.__cause__
 
 
 class ExperimentConfig(ExperimentFields):
@@ -106,8 +133,9 @@ class ExperimentConfig(ExperimentFields):
     ) -> Self:
         """Build an experiment from the result of `read_experiment`; ``trust`` is as in `load`.
 
-        With ``all_errors``, fields that can be refused without an import do not keep the other
-        fields from being validated, which imports the trusted code that they name.
+        Errors that `check_document` finds are raised without an import. With ``all_errors``, they
+        do not keep the other fields from being validated, which imports the trusted code that they
+        name.
 
         An override such as ``--name 3`` is read as text if the field requires text.
 
@@ -115,19 +143,49 @@ class ExperimentConfig(ExperimentFields):
             ConfigError: The document is invalid; the error has file, line and path, and the further
                 errors of the document.
         """
-        if not isinstance(trust, Trust):
-            trusted = ExperimentTrust.of(trust)
-            trusted.make_local_modules_importable()
-            trust = trusted.trust
+        trust = _trust_of(trust)
+        if not all_errors:
+            cls.check_document(document, trust)
+            return cls._validated(document, trust)
         try:
             prevalidate(document, trust)
         except ConfigFieldError as error:
             found = (error, *error.others)
             # Nothing of a document is imported that names untrusted code.
-            if all_errors and all(isinstance(each, ConfigFieldError) for each in found):
+            if all(isinstance(each, ConfigFieldError) for each in found):
                 error.others += cls._errors_elsewhere(document, trust, [e.path for e in found])
             raise
         return cls._validated(document, trust)
+
+    @classmethod
+    def check_document(cls, document: ExperimentDocument, trust: TrustLike = ()) -> None:
+        """Check the result of `read_experiment` without importing the code that it names.
+
+        Names and trust of code are checked, and all fields, except the arguments of classes and
+        functions, and rules across fields.
+
+        Raises:
+            ConfigError: As in `from_document`.
+        """
+        trust = _trust_of(trust)
+        found: list[ConfigError] = []
+        try:
+            prevalidate(document, trust)
+        except ConfigError as error:
+            found = [error, *error.others]
+            if not all(each.path for each in found):  # malformed as a whole
+                raise
+        paths = [each.path for each in found]
+        try:
+            _load(document, lambda typed: cls.check_dict(typed.document, trust=trust))
+        except ConfigError as error:
+            for each in (error, *error.others):
+                if not any(map(each.is_related_to, paths)):
+                    found.append(each)
+        if found:
+            first, *others = found
+            first.others = tuple(others)
+            raise first
 
     @classmethod
     def _errors_elsewhere(
@@ -159,22 +217,13 @@ class ExperimentConfig(ExperimentFields):
 
     @classmethod
     def _validated(cls, document: ExperimentDocument, trust: Trust) -> Self:
-        refused: list[ConfigFieldError] = []
-        while True:
-            try:
-                experiment = super().from_dict(document.document, trust=trust)
-                vars(experiment)["document"] = document  # frozen, and not a field
-                return experiment
-            except ConfigFieldError as error:
-                for before in refused:  # text doesn't fit either: report the first error
-                    if before.path[: len(error.path)] == error.path:
-                        raise document.locate(before) from before.__cause__
-                as_text = document.with_text(error.path)
-                if as_text is None:
-                    raise document.locate(error) from error.__cause__
-                refused, document = [*refused, error], as_text
-            except ConfigError as error:
-                raise document.locate(error) from error.__cause__
+        return _load(document, partial(cls._validated_as_typed, trust))
+
+    @classmethod
+    def _validated_as_typed(cls, trust: Trust, document: ExperimentDocument) -> Self:
+        experiment = super().from_dict(document.document, trust=trust)
+        vars(experiment)["document"] = document  # frozen, and not a field
+        return experiment
 
     @cached_property
     def document(self) -> ExperimentDocument | None:

@@ -398,6 +398,9 @@ class FieldsOf:
 
     def validated(self, data: Any) -> ConfigModel:
         """Return a config of the class."""
+        state = current()
+        if state is not None and state.skips_parts:
+            return cast("ConfigModel", data)
         return self.config_class.model_validate(data)
 
 

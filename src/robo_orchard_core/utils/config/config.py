@@ -130,6 +130,15 @@ def _admits_none(annotation: Any) -> bool:
     return True
 
 
+def _load(cls: type[ModelT], document: Mapping[str, Any], state: Loading) -> ModelT:
+    plain = check_plain(dict(document))
+    try:
+        with loading(state):
+            return cls.model_validate(plain)
+    except ValidationError as error:
+        raise config_error(error, plain) from error
+
+
 class Config(ConfigModel):
     """Validated fields that round-trip exactly through JSON, YAML and TOML.
 
@@ -171,12 +180,18 @@ did you mean 'batch_size'?
         Raises:
             ConfigError: With the path of the problem.
         """
-        plain = check_plain(dict(document))
-        try:
-            with loading(Loading(cls, Trust.of(trust))):
-                return cls.model_validate(plain)
-        except ValidationError as error:
-            raise config_error(error, plain) from error
+        return _load(cls, document, Loading(cls, Trust.of(trust)))
+
+    @classmethod
+    def check_dict(cls, document: Mapping[str, Any], *, trust: TrustLike = ()) -> None:
+        """Check plain data as `from_dict` does, without an import of the code that it names.
+
+        Parts, functions and rules across fields are not checked.
+
+        Raises:
+            ConfigError: With the path of the problem.
+        """
+        _load(cls, document, Loading(cls, Trust.of(trust), skips_parts=True))
 
     def to_str(self, format: Format = "json") -> str:  # noqa: A002 - the public word
         """Return the document as text; see `to_dict`."""

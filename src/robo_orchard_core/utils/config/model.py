@@ -184,9 +184,9 @@ class ConfigModel(BaseModel):
         """
 
     def model_post_init(self, context: Any, /) -> None:
-        """Call `__post_init__`, except while `encode` verifies a document."""
+        """Call `__post_init__`, unless the state of the loading says otherwise."""
         state = current()
-        if state is None or not state.verifying:
+        if state is None or not state.skips_post_init:
             self.__post_init__()
 
     @model_validator(mode="wrap")
@@ -210,6 +210,8 @@ class ConfigModel(BaseModel):
             if isinstance(data, dict) and not data.keys() <= cls.model_fields.keys():
                 cls._refuse_with_remedy(data)
             return handler(data)
+        if state.skips_parts and CONFIG_TYPE in data:  # fields of a class to import
+            return cls.model_construct()
         target = cls._class_named_in(state, data)
         data = {key: value for key, value in data.items() if key != CONFIG_TYPE}
         if target is not cls:

@@ -230,6 +230,8 @@ class Part:
     def validated(self, data: Any) -> ConfigModel:
         """Return the config; while a document is loaded, from a mapping."""
         state = current()
+        if state is not None and state.skips_parts:
+            return cast("ConfigModel", data)
         if state is not None and isinstance(data, dict):
             data = self._loaded(state, data)
         if not isinstance(data, ConfigModel):
@@ -358,7 +360,8 @@ class _Anything:
         return core_schema.no_info_plain_validator_function(self.validated)
 
     def validated(self, data: Any) -> Any:
-        if current() is None:
+        state = current()
+        if state is None or state.skips_parts:
             return data
         if is_part(data):
             return _ANY_PART.validated(data)
@@ -375,6 +378,8 @@ class _Function(_Anything):
 
     def validated(self, data: Any) -> Any:
         state = current()
+        if state is not None and state.skips_parts:
+            return data
         if state is not None and isinstance(data, str):
             return state.resolve_code(data)
         if is_part(data) or callable(data):

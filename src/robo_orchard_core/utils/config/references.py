@@ -400,6 +400,8 @@ class Loading:
         known: Code that needs no trust in addition to declared code.
         verifying: Skip ``__post_init__``, which may have side effects: the config exists, and is
             only compared with its document.
+        skips_parts: Leave parts and functions as they are, which imports nothing, and skip
+            ``__post_init__``, whose rules may concern parts.
     """
 
     def __init__(
@@ -409,9 +411,11 @@ class Loading:
         *,
         known: Iterable[Code] = (),
         verifying: bool = False,
+        skips_parts: bool = False,
     ) -> None:
         self.trust = trust
-        self.verifying = verifying
+        self.skips_parts = skips_parts
+        self.skips_post_init = verifying or skips_parts
         self._models = [model]
         self._known = tuple(known)
 

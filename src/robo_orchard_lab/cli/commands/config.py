@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
@@ -84,31 +86,43 @@ def check(files: tuple[Path, ...], as_json: bool, experiment: ExperimentArgument
       robo-orchard-lab config check experiment.yaml
       robo-orchard-lab config check *.yaml --json
 
-    Exits with 2 if a file has errors. Trusted code that a file names is imported; nothing is built.
+    Exits with 2 if a file has errors. Errors that need no import are printed first. Then the
+    trusted code that the file names is imported, to check its arguments; nothing is built.
     """
-    report: list[dict[str, Any]] = []
-    lines: list[str] = []
+    report = []
     for file in files:
         errors: list[dict[str, Any]] = []
-        try:
-            experiment.load(file, all_errors=True)
-        except CommandError as error:
-            errors = [{"at": None, "field": None, "problem": error.problem}]
-            lines.append(f"{file}: {styled('error:', 'red')} {error.problem}")
-        except ConfigError as error:
-            for each in (error, *error.others):
-                field = each.location or None
-                errors.append({"at": each.source, "field": field, "problem": each.problem})
-                at = "" if (each.source or "").startswith(str(file)) else f"{file}: "
-                lines.append(f"{at}{styled('error:', 'red')} {config_error_line(each)}")
-        else:
-            lines.append(f"{file}: {styled('ok', 'green')}")
+        for error in _errors(file, experiment):
+            at, field, line = None, None, error.problem
+            if isinstance(error, ConfigError):
+                at, field, line = error.source, error.location or None, config_error_line(error)
+            found = {"at": at, "field": field, "problem": error.problem}
+            if found in errors:
+                continue
+            errors.append(found)
+            if not as_json:
+                place = "" if (at or "").startswith(str(file)) else f"{file}: "
+                say(f"{place}{styled('error:', 'red')} {line}", flush=True)
+        if not errors and not as_json:
+            say(f"{file}: {styled('ok', 'green')}")
         report.append({"file": str(file), "ok": not errors, "errors": errors})
     if as_json:
         print_json(report)
-    else:
-        say("\n".join(lines))
     return ExitCode.DONE if all(each["ok"] for each in report) else ExitCode.USAGE
+
+
+def _errors(file: Path, experiment: ExperimentArguments) -> Iterator[CommandError | ConfigError]:
+    """Iterate over the errors of a file, those that need no import first; some come twice."""
+    try:
+        document = experiment.read(file)
+    except (CommandError, ConfigError) as error:
+        yield from (error, *getattr(error, "others", ()))
+        return
+    for check in (experiment.check, partial(experiment.validated, all_errors=True)):
+        try:
+            check(document)
+        except ConfigError as error:
+            yield from (error, *error.others)
 
 
 @config.command("show", cls=ExperimentCommand)
