@@ -48,7 +48,7 @@ _ENVIRONMENT = {
     "GIT_ALLOW_PROTOCOL": "",  # for a git without the option above
 }
 _OF_REPOSITORY = (b"local", b"worktree")
-_POLL_S = 0.005
+_POLL_S = (0.0005, 0.005)  # first and longest; most commands end after 2 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,33 +58,36 @@ class GitState:
     commit: str | None
     """Commit; None before the first commit."""
     branch: str | None
-    """Branch; None with a detached HEAD."""
+    """Branch; None with a detached HEAD, and in a brief state."""
     changed: tuple[str, ...]
     """Changed files in the format of ``git status``; at most `MAX_NAMES`."""
     diff: bytes | None
-    """Changes of tracked files, for ``git apply``; None without changes."""
+    """Changes of tracked files, for ``git apply``; None without changes, and in a brief state."""
     left_out: str | None = None
     """Omitted information and its reason, or None."""
 
 
-def git_state(folder: str | os.PathLike[str], timeout_s: float = TIMEOUT_S) -> GitState | None:
+def git_state(
+    folder: str | os.PathLike[str], timeout_s: float = TIMEOUT_S, *, is_brief: bool = False
+) -> GitState | None:
     """Return the state of the repository that contains a folder.
 
     None without git, without a repository, or after the time limit of all git commands together.
+    A brief state has neither branch nor diff.
     """
     git = _Git(Path(folder), time.monotonic() + timeout_s)
     top = git.line("rev-parse", "--show-toplevel")
     if top is None:
         return None
     commit = git.line("rev-parse", "--verify", "--quiet", "HEAD")
-    branch = git.line("symbolic-ref", "--short", "--quiet", "HEAD")
+    branch = None if is_brief else git.line("symbolic-ref", "--short", "--quiet", "HEAD")
     git = _Git(Path(top), git.ends_at)  # the whole repository, wherever the run starts
     left_out = []
     filters = _without_filters(git)
     # Submodules have their own settings; only their commits are recorded.
     submodules = "--ignore-submodules=dirty"
     diff: bytes | None = b""
-    if commit is not None:
+    if commit is not None and not is_brief:
         ours = ("--no-ext-diff", "--no-textconv", submodules)
         diff = None if filters is None else git(*filters, "diff", "--binary", *ours, "HEAD")
     if diff is None:
@@ -145,11 +148,13 @@ class _Git:
                 )
             except OSError:
                 return None
+            wait_s, longest_s = _POLL_S
             try:
                 while (code := process.poll()) is None and time.monotonic() < self.ends_at:
                     if os.fstat(printed.fileno()).st_size > MAX_DIFF_BYTES:
                         break
-                    time.sleep(_POLL_S)
+                    time.sleep(wait_s)
+                    wait_s = min(2 * wait_s, longest_s)
             finally:
                 with suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, signal.SIGKILL)  # with its child processes
@@ -239,7 +244,7 @@ def versions() -> dict[str, str]:
 @cache
 def _git_state(folder: Path) -> dict[str, Any] | None:
     """Return the commit of a folder, and True if files may differ; None without git."""
-    state = git_state(folder)
+    state = git_state(folder, is_brief=True)
     if state is None or state.commit is None:
         return None
     differs = any(not name.startswith("??") for name in state.changed)
