@@ -38,6 +38,11 @@ make "$peers"
 for peer in lightning transformers pytorch-ignite mmengine; do
     install "$peers" "$peer" "$peer"
 done
+install "$peers" "digits and ResNet-18" torchvision scikit-learn
+# Its limits exclude the newer releases that the others use. It runs with them.
+install "$peers" Composer --no-deps mosaicml==0.32.1
+install "$peers" "Composer's requirements" mosaicml-cli torch_optimizer coolname tabulate \
+    py-cpuinfo requests "importlib-metadata<9"
 
 # It imports Transformers, which it does not bring; 4 is of its time.
 make "$robo_orchard_lab"

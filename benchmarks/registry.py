@@ -43,6 +43,7 @@ BENCHMARKS = {
         Benchmark("checkpoints", "saving and loading a model and its optimizer, beside others"),
         Benchmark("loading", "an exact data order against the plain loader; a resume"),
         Benchmark("robot_data", "reading LeRobot datasets, beside lerobot's reader", "lerobot"),
+        Benchmark("end_to_end", "complete trainings, beside a plain loop and peers"),
         Benchmark("startup", "imports, and the time to the end of the first step, beside peers'"),
         Benchmark("command_line", "how long one waits for help, lists and checks of files"),
         Benchmark("footprint", "distributions and bytes that an installation brings"),

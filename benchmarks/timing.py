@@ -54,8 +54,11 @@ def interleave(
     rounds: int,
     at_most_s: float = 120.0,
     warm_up: bool = True,
+    shared_by: int = 1,
 ) -> Samples:
     """Run every contender once per round, in order, each just after the reference.
+
+    With `shared_by`, a run of the reference serves this many contenders.
 
     One more round is run before and discarded, unless `warm_up` is False: it covers imports, caches
     and lazy set-up. A slow machine stops after the round that exceeds `at_most_s` seconds, but not
@@ -64,14 +67,16 @@ def interleave(
     stop_at = perf_counter() + at_most_s
     values: dict[str, list[float]] = {name: [] for name in contenders}
     references: dict[str, list[float]] = {name: [] for name in contenders if name != reference}
+    before = 0.0
     gc.collect()
     gc.freeze()  # else each later collection walks all imports: 0.1-0.3 s per run
     for round_id in range(0 if warm_up else 1, rounds + 1):
-        for name in references:
-            before = _one_sample(contenders[reference])
+        for position, name in enumerate(references):
+            is_shared = position % shared_by != 0
+            before = before if is_shared else _one_sample(contenders[reference])
             sample = _one_sample(contenders[name])
             if round_id > 0:
-                values[reference].append(before)
+                values[reference] += [] if is_shared else [before]
                 references[name].append(before)
                 values[name].append(sample)
         if round_id >= LEAST_ROUNDS and perf_counter() > stop_at:

@@ -83,6 +83,25 @@ def test_all_contenders_train_equally(quick_reports: dict[str, Any], benchmark: 
     assert notes == ["All end with the weights of the bare loop, bit for bit."]
 
 
+def test_complete_trainings_end_with_the_weights_of_a_plain_loop(
+    quick_reports: dict[str, Any],
+) -> None:
+    """In each workload, this trainer does the plain loop's work and ends with equal weights."""
+    report = quick_reports["end_to_end"]
+    assert report["faults"] == []
+    titles = [table["title"].partition(",")[0] for table in report["tables"]]
+    assert titles == [
+        "digits",
+        "MLP on tensors in memory",
+        "GPT of 10 M parameters",
+        "behavior cloning policy",
+    ]
+    for table in report["tables"]:
+        notes = {row["name"]: row["note"] for row in table["rows"]}
+        assert [*notes] == ["plain loop", "this trainer"]
+        assert notes["this trainer"].endswith("; equal weights")
+
+
 def test_an_unknown_name_is_refused() -> None:
     """An unknown benchmark is refused with the list of names."""
     finished = run_benchmarks("no_such_benchmark")
