@@ -48,7 +48,7 @@ BENCHMARKS = {
         Benchmark("command_line", "how long one waits for help, lists and checks of files"),
         Benchmark("footprint", "distributions and bytes that an installation brings"),
         Benchmark("many_ranks", "the protocols of a job by its ranks, simulated up to 4,096"),
-        Benchmark("large_folders", "listings of many saves, and metrics files of many records"),
+        Benchmark("large_folders", "many saves, metric records, epochs and parameters"),
         Benchmark("endurance", "memory and time of a step over 10,000 steps with every hook on"),
     )
 }

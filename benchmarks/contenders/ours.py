@@ -30,7 +30,11 @@ def train(job: Job, hook_count: int) -> None:
 
 
 def make_trainer(
-    job: Job, hook_count: int, keyed_by: KeyedBy = "none", run_folder: str | None = None
+    job: Job,
+    hook_count: int,
+    keyed_by: KeyedBy = "none",
+    run_folder: str | None = None,
+    max_epoch: int = 1,
 ) -> HookBasedTrainer:
     """Return a trainer configured for loading without random numbers."""
 
@@ -47,7 +51,7 @@ def make_trainer(
         optimizer=job.optimizer,
         lr_scheduler=job.scheduler,
         hooks=[NoopHook(f"noop_{position}") for position in range(hook_count)],
-        max_epoch=1,
+        max_epoch=max_epoch,
         data_order=DataOrder(keyed_by=keyed_by),
         run_folder=run_folder,
     )

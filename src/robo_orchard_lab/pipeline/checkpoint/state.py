@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from types import NoneType
 from typing import Annotated, Any
@@ -91,7 +91,8 @@ def load_named_optimizer_state(
                 check_similar(value, found[name], f"{where}.{name}", strict=is_of_torch)
                 if value is None and is_of_torch and not isinstance(found[name], (bool, NoneType)):
                     raise StateError(f"{where}.{name}: expected None, found {found[name]!r:.60}")
-        groups.append({**found, "params": group["params"]})
+        indices_of_group = _consecutive(group["params"]) if is_of_torch else group["params"]
+        groups.append({**found, "params": indices_of_group})
     if saved:
         rest = sorted(name for names_of_group in saved for name in names_of_group)
         raise StateError(
@@ -107,6 +108,16 @@ def load_named_optimizer_state(
         "state": {indices[name]: value for name, value in state["state"].items()},
         "param_groups": groups,
     }
+
+
+def _consecutive(indices: list[int]) -> Sequence[int]:
+    """Return consecutive indices as a range.
+
+    ``load_state_dict`` looks each index up in its group: of 100,000 parameters, for 46 s in a list.
+    """
+    first = indices[0] if indices else 0
+    found = range(first, first + len(indices))
+    return found if [*found] == indices else indices
 
 
 _OPTIMIZER = StateSchema(
