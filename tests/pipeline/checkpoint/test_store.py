@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from robo_orchard_lab.pipeline.checkpoint import (
     CheckpointStore,
+    FiniteCheck,
     ReadLimits,
     Retention,
     load_checkpoint,
@@ -227,6 +229,35 @@ def test_pending_save_of_a_large_state_is_a_copy(tmp_path: Path) -> None:
                 assert same(dict(store.load(step).parts["model"]), expected)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no batch policy")
+def test_commit_in_a_thread_does_not_interrupt_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thread has the batch policy during a commit only; the main thread never has."""
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:
+        pytest.skip("the tests run with a policy of their own")
+    policies: list[int] = []
+
+    def record(_: logging.LogRecord) -> bool:
+        policies.append(os.sched_getscheduler(0))
+        return True
+
+    def commit() -> None:
+        pending.commit()  # warns of the state that is not finite
+        policies.append(os.sched_getscheduler(0))
+
+    caplog.handler.addFilter(record)
+    finite = FiniteCheck(covers=lambda name: True, non_finite=["hook/state"])
+    with CheckpointStore(tmp_path) as store:
+        pending = store.prepare(1, parts(), finite=finite)
+        thread = threading.Thread(target=commit)
+        thread.start()
+        thread.join()
+        pending = store.prepare(2, parts(), finite=finite)
+        commit()
+    assert policies == [os.SCHED_BATCH, os.SCHED_OTHER, os.SCHED_OTHER, os.SCHED_OTHER]
 
 
 def test_saving_a_step_again_replaces_the_checkpoint(tmp_path: Path) -> None:
