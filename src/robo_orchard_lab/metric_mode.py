@@ -6,6 +6,7 @@ import re
 from typing import Literal
 
 Mode = Literal["min", "max"]
+"""Direction of improvement: the smallest or the largest value is best."""
 _SMALL_IS_GOOD = re.compile(
     r"(^|[/_.-])(loss|losses|error|err|rmse|mse|mae|mape|perplexity|ppl|wer|cer|fid|nll|bce)"
     r"($|[/_.-]|\d)"

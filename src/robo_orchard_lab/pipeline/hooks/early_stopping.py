@@ -9,10 +9,11 @@ from typing import Any
 from pydantic import Field
 
 from robo_orchard_core.utils.hook import RemovableHandle
+from robo_orchard_lab.metric_mode import Mode
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.errors import check_state_version
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks.keep_best import BestValue, Mode
+from robo_orchard_lab.pipeline.hooks.keep_best import BestValue
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.requests import Requests
 from robo_orchard_lab.pipeline.state_schema import Real, StateSchema

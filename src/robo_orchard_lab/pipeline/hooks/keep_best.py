@@ -7,12 +7,13 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 from safetensors import SafetensorError, safe_open
 
 from robo_orchard_core.utils.hook import RemovableHandle
+from robo_orchard_lab.metric_mode import Mode
 from robo_orchard_lab.pipeline.context import PipelineHookArgs
 from robo_orchard_lab.pipeline.distributed.collectives import broadcast_object
 from robo_orchard_lab.pipeline.errors import PipelineConfigError, check_state_version
@@ -33,9 +34,6 @@ from robo_orchard_lab.pipeline.run.durable import remove_leftovers
 from robo_orchard_lab.pipeline.run.run_path import RunPath
 from robo_orchard_lab.pipeline.sharding import non_finite_weights
 from robo_orchard_lab.pipeline.state_schema import Count, Real, StateSchema
-
-Mode: TypeAlias = Literal["min", "max"]
-"""Direction of improvement: the smallest or the largest value is best."""
 
 
 class BestValue:

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch.nn.parameter import is_lazy
 
 from robo_orchard_core.utils.hook import HookContext
+from robo_orchard_lab.metric_mode import Mode
 from robo_orchard_lab.pipeline.checkpoint import (
     CheckpointInfo,
     CheckpointStore,
@@ -35,7 +36,6 @@ from robo_orchard_lab.pipeline.errors import (
     check_state_version,
 )
 from robo_orchard_lab.pipeline.hook_set import PipelineHooks, PipelineHooksConfig
-from robo_orchard_lab.pipeline.hooks.keep_best import Mode
 from robo_orchard_lab.pipeline.job_log import ROUTINE, job_logger
 from robo_orchard_lab.pipeline.metrics import MetricValue, number_text
 from robo_orchard_lab.pipeline.model import plain_model
