@@ -50,10 +50,10 @@ class Curve:
 
     def best(self, mode: Mode) -> tuple[int, float] | None:
         """Return step and value of the best finite value, the earliest of equals."""
-        finite = [(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)]
-        if not finite:
-            return None
-        return (min if mode == "min" else max)(finite, key=lambda found: found[1])
+        found = zip(self.steps, self.values, strict=True)
+        finite = ((step, value) for step, value in found if math.isfinite(value))
+        best = min if mode == "min" else max
+        return best(finite, key=lambda point: point[1], default=None)
 
     def last(self) -> tuple[int, float] | None:
         """Return the last step and value, or None."""
