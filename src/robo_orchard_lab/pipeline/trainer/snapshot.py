@@ -339,7 +339,8 @@ def _check_similar_states(
     ]
     for path, name, live, saved in found:
         if (live is None) != (saved is None):
-            raise StateError(f"{path}: expected {'no state' if live is None else 'a state'}")
+            expected = "no state, found one" if live is None else "a state, found none"
+            raise StateError(f"{path}: expected {expected}; pass the objects of the saved run")
         if live is None:
             continue
         if not isinstance(saved, Mapping):
@@ -352,12 +353,13 @@ def _check_similar_states(
             raise StateError(f"{path}.{lost[0]}: expected a value, found none")
         for key in saved:
             if key == "optimizer" or (key not in own and callable(getattr(live, key, None))):
-                raise StateError(f"{path}.{key}: expected no such entry")
+                raise StateError(f"{path}.{key}: expected no such entry, found one")
         optimizer = run.optimizers.get(name)
         groups = 0 if optimizer is None else len(optimizer.param_groups)
         for key in ("base_lrs", "_last_lr"):
             if key in own and len(own[key]) == groups != len(saved.get(key, own[key])):
-                raise StateError(f"{path}.{key}: expected {groups} values")
+                found_values = len(saved[key])
+                raise StateError(f"{path}.{key}: expected {groups} values, found {found_values}")
 
 
 def _load_into(live: Any, name: str, state: Any, undo: ExitStack) -> None:
