@@ -258,9 +258,12 @@ class PipelineHookArgs:
         Counted on first access, by the batch processor's ``count_samples(batch)`` where defined,
         else by dataset indices, else by the structure of the batch.
         """
-        if self._batch_size is None:
-            self._batch_size = 0 if self.is_padding_step else self._run.count_samples(self.batch)
-        return self._batch_size
+        count = self._batch_size
+        if count is None:
+            # is_padding_step, without the call
+            is_padding = self._loss_divisor == math.inf or self._batch_skip_reason is not None
+            count = self._batch_size = 0 if is_padding else self._run.count_samples(self.batch)
+        return count
 
     @property
     def loss_weight(self) -> float | torch.Tensor:

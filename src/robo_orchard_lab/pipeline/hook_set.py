@@ -69,11 +69,13 @@ class TriggeredHook(HookContext[PipelineHookArgs]):
         return f"{self.hook!r} when {self.when}"
 
     def _if_due(self, function: HookFunction) -> HookFunction:
+        due = self._due
+
         @functools.wraps(function)  # errors show the name and line of the function
         def run(args: PipelineHookArgs) -> None:
-            self._entered = self._due(args)
-            if self._entered:
+            if due(args):
                 function(args)
+                self._entered = True
 
         return run
 
@@ -81,6 +83,7 @@ class TriggeredHook(HookContext[PipelineHookArgs]):
         @functools.wraps(function)
         def run(args: PipelineHookArgs) -> None:
             if self._entered:
+                self._entered = False
                 function(args)
 
         return run

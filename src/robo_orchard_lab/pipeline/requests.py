@@ -242,8 +242,10 @@ class Requests:
 
     def pop(self, kind: type[RequestT]) -> list[RequestT]:
         """Remove and return the waiting requests of a kind, in order."""
-        popped = [request for request in self._waiting if isinstance(request, kind)]
-        self._waiting = [request for request in self._waiting if not isinstance(request, kind)]
+        popped: list[RequestT] = []
+        if self._waiting:
+            popped = [request for request in self._waiting if isinstance(request, kind)]
+            self._waiting = [request for request in self._waiting if not isinstance(request, kind)]
         self.pending = bool(self._waiting or self.stop_request or self.rollback_request)
         return popped
 

@@ -344,6 +344,25 @@ def test_loss_on_the_cpu_counts_like_its_number() -> None:
     assert not of_tensors.check_finite()
 
 
+def test_losses_on_the_host_add_up_in_their_order() -> None:
+    """The sums equal those of a plain loop, bit for bit, with checks and states in between."""
+    mean, total, weight = LossMean("a"), 0.0, 0.0
+    for step, loss in enumerate(torch.rand(150, generator=torch.Generator().manual_seed(0))):
+        mean.add(loss, 1 + step % 3)
+        total += loss.item() * (1 + step % 3)
+        weight += 1 + step % 3
+        if step % 20 == 0:
+            assert mean.check_finite()
+        if step % 30 == 0:
+            assert mean.state_dict()["epoch"]["host"] == total
+    other = LossMean("a")
+    other.add(math.nan, 1)  # not of the loaded state
+    other.load_state_dict(mean.state_dict(), torch.device("cpu"))
+    found = other.state_dict()["window"]
+    assert (found["host"], found["host_weight"]) == (total, weight)
+    assert other.check_finite()
+
+
 @pytest.mark.parametrize("key", [None, ""])
 def test_resumed_run_publishes_the_same_values(key: str | None) -> None:
     """A run saved after any step publishes the values of an uninterrupted run."""

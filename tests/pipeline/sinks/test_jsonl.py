@@ -347,6 +347,27 @@ def test_missing_folders_are_created(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
+def test_file_is_made_again(path: Path) -> None:
+    """A file removed during the run is made again at once, and one that was moved within a second.
+
+    Both have all records.
+    """
+    sink = JsonLinesSink(path)
+    sink.open(at(0))
+    sink.write(record(1))
+    path.unlink()
+    sink.write(record(2))
+    assert steps(path) == [1, 2]
+    path.rename(path.with_name("moved.jsonl"))
+    written = 2
+    for written in range(3, 10**6):
+        sink.write(record(written))
+        if path.exists():
+            break
+    sink.close()
+    assert steps(path) == [*range(1, written + 1)]
+
+
 # --- data frames -----------------------------------------------------------------------------
 
 

@@ -55,6 +55,7 @@ class IndexedBatches:
     def __post_init__(self) -> None:
         rest = len(self.order) - self.first_sample
         self.steps = self.first_step + self.partition.steps(rest)
+        self._full_steps = self.first_step + rest // self.partition.samples_per_step
 
     def samples_before(self, step_id: int) -> int:
         """Return the number of samples of all processes before a step."""
@@ -90,10 +91,10 @@ class IndexedBatches:
 
     def local_size(self, step_id: int) -> int | None:
         """Return the number of samples of this process in a step; None after the last step."""
-        start, samples = self._start_of(step_id), len(self.order)
-        if samples - start >= self.partition.samples_per_step:
+        if step_id < self._full_steps:
             return self.partition.batch_size
-        return len(self.partition.numbers(samples, start)) if step_id < self.steps else None
+        numbers = self.partition.numbers(len(self.order), self._start_of(step_id))
+        return len(numbers) if step_id < self.steps else None
 
     def _batch(self, step_id: int) -> BatchIndices:
         partition, samples, start = self.partition, len(self.order), self._start_of(step_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -35,14 +36,16 @@ def _check_rows(state: Mapping[str, Any]) -> None:
 class LossMean:
     """Weighted means of a loss since the last logging point and since the start of the epoch.
 
-    Numbers and CPU tensors are added on the host. Losses on a device are copied into slots there,
-    and summed when the slots are full or a mean is read; so are tensor weights. The copy is
-    immediate, since a captured CUDA graph overwrites its loss in the next step.
+    Numbers and CPU tensors are read at once, and added on the host. Losses on a device are copied
+    into slots there; so are tensor weights. The copy is immediate, since a captured CUDA graph
+    overwrites its loss in the next step. Sums are made when the slots are full or a mean is read.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._sums = {span: WeightedSum() for span in _SUFFIX}
+        self._recent = array("d")  # losses on the host, which are not in the sums yet
+        self._recent_weights = array("d")
         self._rows: torch.Tensor | None = None  # storage of the slots: losses, weights
         self._slots: list[torch.Tensor] = []  # of losses
         self._weight_slots: list[torch.Tensor] = []  # of tensor weights
@@ -52,10 +55,11 @@ class LossMean:
 
     def add(self, loss: Number, weight: Number) -> None:
         """Add the loss of a batch, a number or a one-element tensor; on the step path."""
+        value: Any = None
         if not isinstance(loss, torch.Tensor):
-            value: float | None = check_scalar(self._name, loss)  # type: ignore[assignment]
-        else:
-            value = None if self._slots else host_value(loss)
+            value = check_scalar(self._name, loss)
+        elif not self._slots:
+            value = host_value(loss)
         if value is None:
             self._fill_slot(loss, weight)
             return
@@ -68,10 +72,21 @@ class LossMean:
             weight = number
             if not weight > 0:  # the mean loss of an empty batch may be NaN
                 value = 0.0
-        self._since_check = self._since_check + value
+        self._recent.append(value)
+        self._recent_weights.append(weight)
+        if len(self._recent) == _SLOTS:
+            self._sum_recent()
+
+    def _sum_recent(self) -> None:
+        """Add the losses on the host to the sums; costs a third of adding each at its step."""
         for total in self._sums.values():
-            total.host += value * weight
-            total.host_weight += weight
+            host, host_weight = total.host, total.host_weight
+            for value, weight in zip(self._recent, self._recent_weights, strict=True):
+                host += value * weight
+                host_weight += weight
+            total.host, total.host_weight = host, host_weight
+        self._since_check = self._since_check + sum(self._recent)
+        del self._recent[:], self._recent_weights[:]
 
     def _fill_slot(self, loss: Any, weight: Number) -> None:
         used = len(self._weights)
@@ -92,6 +107,7 @@ class LossMean:
 
     def check_finite(self) -> bool:
         """Return True if all losses since the last call are finite; a device sync."""
+        self._sum_recent()
         self._sum_unchecked()
         total, self._since_check = self._since_check, 0.0
         return math.isfinite(total)
@@ -113,7 +129,9 @@ class LossMean:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, and the losses that are not summed yet."""
-        # The slots are not summed first: saving must not change the rounding of later sums.
+        # The slots are not summed first: saving must not change the rounding of later sums. The
+        # losses on the host are added one by one at any time.
+        self._sum_recent()
         used = len(self._weights)
         return {
             **{span: total.state_dict() for span, total in self._sums.items()},
@@ -125,6 +143,7 @@ class LossMean:
         """Restore a state, with tensors on ``device``."""
         for span, total in self._sums.items():
             total.load_state_dict(state[span], device)
+        del self._recent[:], self._recent_weights[:]
         self._weights = list(state["weights"])
         self._since_check, self._checked = 0.0, len(self._weights)  # a checkpoint was checked
         if self._weights:
@@ -144,7 +163,8 @@ class LossMean:
         return self._rows
 
     def _sum_slots(self) -> None:
-        """Add the filled slots to the sums, runs of equal weights together."""
+        """Add recent losses and the filled slots to the sums, slots of equal weights together."""
+        self._sum_recent()
         self._sum_unchecked()
         self._checked = 0
         begin = 0
@@ -280,17 +300,23 @@ class LossTracker(PipelineHooks):
 
     def _add_total(self, args: PipelineHookArgs) -> None:
         """Add the batch processor's loss, or the losses of optimizers; on the step path."""
+        # Fields, not properties: where the model's data fills the caches, a call costs 1 us.
         loss = args.attached_loss
-        if args.exception is not None or args.is_padding_step:
+        weight: Number | None = args._given_loss_weight
+        if args._exception is not None:
             return
+        if args._loss_divisor == math.inf or args._batch_skip_reason is not None:  # padding
+            return
+        if weight is None:
+            weight = args._batch_size or args.batch_size
         if loss is not None:
-            self._total.add(loss, args.loss_weight)
+            self._total.add(loss, weight)
             return
         for name, named in args.losses.items():
             mean = self._named.get(name)
             if mean is None:
                 mean = self._named[name] = LossMean(f"loss/{name}")
-            mean.add(named, args.loss_weight)
+            mean.add(named, weight)
 
     def _add_named(self, args: PipelineHookArgs) -> None:
         """Add the named losses; on the step path."""

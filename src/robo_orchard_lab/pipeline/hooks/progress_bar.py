@@ -141,9 +141,9 @@ class ProgressBarHook(PipelineHooks):
 
     def _finish_step(self, args: PipelineHookArgs) -> None:
         """Count samples and check the clock; on the step path."""
-        if self._display is None or args.exception is not None:
+        if self._display is None or args._exception is not None:
             return
-        self._samples += args.batch_size
+        self._samples += args._batch_size or args.batch_size  # a call of a property costs 1 us
         if self._follows_losses and not args.is_padding_step:
             if (loss := args.loss) is not None:
                 self._losses = {_LOSS: loss}

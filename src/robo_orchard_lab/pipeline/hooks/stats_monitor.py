@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -87,6 +88,8 @@ class StatsMonitor(PipelineHooks):
         self._begun_at = 0.0
         self._first_step = 0
         self._steps_per_epoch: int | None = None
+        self._window = 1  # steps in an accumulation window
+        self._device_memory: Callable[[], int] | None = None  # peak, in bytes
         self._process = psutil.Process()
         self._memory, self._memory_at = 0.0, -_MEMORY_EVERY_S
         self._step_at = 0.0  # begin of the step, or of the rest of the step
@@ -123,6 +126,10 @@ class StatsMonitor(PipelineHooks):
         self._optimizers = args.run.optimizer_names
         self._first_step = args.global_step_id
         self._steps_per_epoch = args.run.steps_per_epoch
+        self._window = args.accelerator.gradient_accumulation_steps
+        device = args.accelerator.device
+        peak = getattr(getattr(torch, device.type, None), "max_memory_allocated", None)
+        self._device_memory = None if peak is None else partial(peak, device)  # not on a CPU
         self._begun_at = perf_counter()
         return args.metrics.before_logging(self._publish, self)
 
@@ -147,10 +154,7 @@ class StatsMonitor(PipelineHooks):
     def _end_step(self, args: PipelineHookArgs) -> None:
         self._steps += 1
         self._samples += args.batch_size
-        self._end_at(perf_counter())
-
-    def _end_at(self, now: float) -> None:
-        """End a step, or the update that the outermost hook makes after the step's other hooks."""
+        now = perf_counter()
         self._step_s += now - self._step_at
         self._step_at = now
         self._ended_at = now - self._run.commit_seconds
@@ -167,9 +171,12 @@ class StatsMonitor(PipelineHooks):
 
     def _end_update(self, args: PipelineHookArgs) -> None:
         if not self._is_in_batch:
+            # The outermost hook makes the update after the step's other hooks.
             now = perf_counter()
             self._compute_s += now
-            self._end_at(now)
+            self._step_s += now - self._step_at
+            self._step_at = now
+            self._ended_at = now - self._run.commit_seconds
         if not self._are_norms_due:
             return
         owner = args.optimizer_name or ""
@@ -177,7 +184,7 @@ class StatsMonitor(PipelineHooks):
             self._norm_due[owner] = self.cfg.grad_norm_every_update
             # Another hook may publish the mean over all updates.
             name = args.metric_name("grad_norm")
-            self._has_norm[owner] |= name not in args.metrics.names()
+            self._has_norm[owner] = self._has_norm[owner] or name not in args.metrics.names()
             if self._has_norm[owner] and args.grad_norm is not None:
                 args.metrics.publish(name, args.grad_norm)
         is_first = len(self._norm_due) < len(self._run.optimizers)
@@ -212,8 +219,7 @@ class StatsMonitor(PipelineHooks):
     def _publish_eta(self, board: MetricsBoard) -> None:
         run = self._run
         done = run.progress.global_step_id - self._first_step
-        window = run.accelerator.gradient_accumulation_steps
-        left = remaining_steps(run.limits, run.progress, self._steps_per_epoch, window)
+        left = remaining_steps(run.limits, run.progress, self._steps_per_epoch, self._window)
         if left is not None and done:
             board.publish("perf/eta_s", left * (perf_counter() - self._begun_at) / done, "max")
 
@@ -222,10 +228,8 @@ class StatsMonitor(PipelineHooks):
         if now >= self._memory_at + _MEMORY_EVERY_S:
             self._memory_at, self._memory = now, self._process.memory_info().rss / _MIB
         board.publish("perf/memory_mib", self._memory, "max")
-        device = self._run.accelerator.device
-        peak = getattr(getattr(torch, device.type, None), "max_memory_allocated", None)
-        if peak is not None:  # not on a CPU
-            board.publish("perf/device_memory_mib", peak(device) / _MIB, "max")
+        if self._device_memory is not None:
+            board.publish("perf/device_memory_mib", self._device_memory() / _MIB, "max")
 
     state_schema = StateSchema(
         STATE_VERSION,

@@ -524,7 +524,7 @@ class MetricsBoard:
                 "publish it under another name"
             )
         accumulator = self._accumulators[name] = Accumulator(reduce)
-        if any(name == subscribed for subscribed, _, _ in self._subscribers):
+        if self._subscribers and any(name == known for known, _, _ in self._subscribers):
             self._due.add(name)
             self._when_due()
         return accumulator

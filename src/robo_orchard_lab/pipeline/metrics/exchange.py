@@ -267,11 +267,12 @@ def read_values(
 
 def _read_alone(accumulators: Mapping[str, Accumulator]) -> list[MetricValue]:
     """Read the accumulators of the only rank: a single transfer, if there is a tensor."""
-    scalars = [tensor for each in accumulators.values() for tensor in each.tensors()]
+    tensors = [each.tensors() for each in accumulators.values()]
+    scalars = [tensor for own in tensors for tensor in own]
     on_host = iter(_stack(scalars).tolist() if scalars else ())  # a device sync
     values = []
-    for name, each in accumulators.items():
-        rank = each.numbers(), [*islice(on_host, len(each.tensors()))]
+    for (name, each), own in zip(accumulators.items(), tensors, strict=True):
+        rank = each.numbers(), [*islice(on_host, len(own))] if own else ()
         values.append(MetricValue(name, combine(each.reduce, [rank]), each.step))
     return values
 

@@ -7,10 +7,12 @@ import logging
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from time import monotonic
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, overload
 
 import numpy as np
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
+_LOOK_EVERY_S = 1.0
 _END_BYTES = 1 << 16
 """Least bytes to read when a file is opened."""
 
@@ -84,6 +86,7 @@ class JsonLinesSink:
         self._file: IO[bytes] | None = None
         self._target = self.path  # through links
         self._end: int | None = None  # of the last complete line, if an incomplete one follows
+        self._look_at = 0.0  # time to look if the path still has the open file
         self._open_files = ExitStack()
 
     def open(self, args: PipelineHookArgs) -> None:
@@ -134,27 +137,38 @@ class JsonLinesSink:
 
     def write(self, record: MetricsRecord) -> None:
         """Append a record; after an ``OSError`` the file ends with the record before."""
-        descriptor, rest = self._reopened().fileno(), to_line(record)
+        rest = to_line(record)
+        descriptor, size = self._reopened()
         if self._end is not None:
             os.ftruncate(descriptor, self._end)
-        self._end = os.fstat(descriptor).st_size
+        else:
+            self._end = size
         while rest:
             rest = rest[os.write(descriptor, rest) :]
         self._end = None
 
-    def _reopened(self) -> IO[bytes]:
-        """Return the open file, made again if it was removed or replaced during the run."""
+    def _reopened(self) -> tuple[int, int]:
+        """Return descriptor and size of the file, made again if it was removed or replaced.
+
+        A removed file has no link. The path, which may have another file, costs 10 us, and is
+        looked up at most once a second.
+        """
         if self._file is not None:
+            found, now = os.fstat(self._file.fileno()), monotonic()
+            if found.st_nlink and now < self._look_at:
+                return self._file.fileno(), found.st_size
+            self._look_at = now + _LOOK_EVERY_S
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(self._target), os.fstat(self._file.fileno())):
-                    return self._file
+                if os.path.samestat(os.stat(self._target), found):
+                    return self._file.fileno(), found.st_size
             if not self._target.exists():
                 self._file.seek(0)
                 make_folder(self._target.parent)
                 replace_file(self._target, self._file.read(-1 if self._end is None else self._end))
             self.close()
             self._end = None
-        return self._lock_and_open(self._target)
+        descriptor = self._lock_and_open(self._target).fileno()
+        return descriptor, os.fstat(descriptor).st_size
 
     def flush(self) -> None:
         """Make all written records durable."""
@@ -404,14 +418,22 @@ _COUNTERS = ("epoch_id", "global_step_id", "optimizer_step_id")
 
 def to_line(record: MetricsRecord) -> bytes:
     """Serialize a record; the names of each step are sorted."""
-    steps = record.by_step()
-    document: dict[str, Any] = {name: getattr(record, name) for name in _COUNTERS}
-    document["metrics"] = _to_json(steps.pop(record.global_step_id, {}))
+    steps: dict[int, dict[str, JsonNumber]] = {record.global_step_id: {}}
+    for value in sorted(record.values, key=_name_of):
+        number = value.value
+        metrics = steps.setdefault(value.step, {})
+        metrics[value.name] = number if math.isfinite(number) else json.dumps(number)
+    document: dict[str, Any] = {
+        "epoch_id": record.epoch_id,
+        "global_step_id": record.global_step_id,
+        "optimizer_step_id": record.optimizer_step_id,
+        "metrics": steps.pop(record.global_step_id),
+    }
     if steps:
-        document["earlier"] = [{"step": s, "metrics": _to_json(steps[s])} for s in steps]
+        document["earlier"] = [{"step": s, "metrics": steps[s]} for s in sorted(steps)]
     if record.partial:
         document["partial"] = True
-    return json.dumps(document, allow_nan=False).encode() + b"\n"
+    return _encode(document).encode() + b"\n"
 
 
 def from_line(line: bytes) -> MetricsRecord | None:
@@ -454,13 +476,6 @@ def _is_torn(line: bytes) -> bool:
     return written.startswith(_BEGIN) or _BEGIN.startswith(written)
 
 
-def _to_json(metrics: Mapping[str, float]) -> dict[str, JsonNumber]:
-    return {
-        name: value if math.isfinite(value) else json.dumps(value)
-        for name, value in sorted(metrics.items())
-    }
-
-
 def _from_json(value: JsonNumber) -> float:
     if type(value) is float:
         return value
@@ -478,3 +493,5 @@ def _refuse(constant: str) -> float:
 
 
 _decode = json.JSONDecoder(parse_constant=_refuse).decode
+_encode = json.JSONEncoder(allow_nan=False).encode
+_name_of = attrgetter("name")
