@@ -78,9 +78,10 @@ def _common_length(parts: Iterable[Any]) -> int | None:
     for part in parts:
         if not isinstance(part, torch.Tensor) or part.dim() == 0:
             return None
+        size = part.size(0)  # len() of a tensor runs in Python
         if length is None:
-            length = len(part)
-        elif len(part) != length:
+            length = size
+        elif size != length:
             return None
     return length
 

@@ -175,6 +175,39 @@ def test_reading_leaves_the_processs_rngs_unchanged(kind: str) -> None:
     assert same(rng_states(), before)
 
 
+class Drawn(IterableDataset[Any]):
+    """Dataset that draws its samples when an iteration begins."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(torch.rand(26).tolist())
+
+
+class Same(DataLoader[Any]):
+    """Loader of another class, which is iterated itself."""
+
+
+@pytest.mark.parametrize("has_generator", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"batch_size": None}, {}, {"batch_size": 4}, {"batch_size": 4, "drop_last": True}]
+)
+@pytest.mark.parametrize("collate_fn", [None, str])
+def test_a_stream_has_the_batches_of_its_loader(
+    options: dict[str, Any], collate_fn: Any, has_generator: bool
+) -> None:
+    """A stream of the training process is read without its loader, with the same batches.
+
+    The loader's generator continues as the loader leaves it.
+    """
+    found, ends = [], []
+    for loader in (DataLoader, Same):
+        generator = torch.Generator().manual_seed(3) if has_generator else None
+        data = data_of(loader(Drawn(), collate_fn=collate_fn, generator=generator, **options))
+        found.append([[*data.epoch(0)], [*data.epoch(1)]])
+        ends.append(None if generator is None else generator.get_state())
+    assert same(*found)
+    assert same(*ends)
+
+
 def test_samples_of_streams_are_numbered() -> None:
     """Numbers count on over the batches, also after a resume."""
     progress = TrainerProgress()
