@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import optuna
 import psutil  # type: ignore[import-untyped]  # accelerate brings it
 import pytest
 import torch
@@ -26,6 +27,8 @@ from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.pipeline.run.run_state import read_run_state
 from robo_orchard_lab.report.files import Problems
 from robo_orchard_lab.report.jobs import Job, read_job, with_slurm_states
+from robo_orchard_lab.search.storage import open_storage, recover
+from robo_orchard_lab.search.sweep import default_storage
 
 pytest.importorskip("submitit")
 
@@ -392,18 +395,40 @@ def test_jobs_of_a_killed_sweep_are_replaced(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
+def test_values_of_a_job_that_outlives_its_sweep_count(capsys: pytest.CaptureFixture[str]) -> None:
+    """A trial whose job completes after its sweep was killed has the values of that job."""
+    slow = "--hooks.slow={class_type: 'hooks_of_jobs:Slow', seconds: 0.1}"
+    arguments = sweep("--trust", "hooks_of_jobs", slow, trials=1)
+    killed = subprocess.Popen([*START, *arguments], env=environment())
+    run = Path("sweeps/spirals/trials/0000")
+    wait(lambda: (run / "run_state.json").is_file())
+    killed.kill()
+    killed.wait()
+    storage = open_storage(default_storage(run.parent.parent))
+    study = optuna.load_study(study_name="spirals", storage=storage)
+    recover(study, run.parent.parent)
+    assert len(study.get_trials()[1].intermediate_values) < 3  # the job reports the others
+    wait(lambda: job_of(run).state == "finished")
+    assert main(arguments) == 0
+    repeated = study.get_trials()[1]
+    assert sorted(repeated.intermediate_values) == [10, 20, 30]
+    capsys.readouterr()
+    assert main(["sweep", "show", "sweeps/spirals", "--json"]) == 0
+    [trial] = json.loads(capsys.readouterr().out)["trials"]
+    assert (trial["state"], trial["value"]) == ("completed", repeated.intermediate_values[30])
+
+
+@pytest.mark.slow
 def test_a_job_with_a_limit_of_seconds_completes_its_run() -> None:
     """A job with a short time limit is requeued until its run is complete, bit for bit."""
     began = time.monotonic()
     steps = ["--trainer.max_epoch", "40"]
     assert main(["train", "spirals.yaml", "--run_folder", "timed", *steps]) == 0
     limit_s = max(20, round(6 * (time.monotonic() - began)))
-    slow = [
-        "--trust",
-        "hooks_of_jobs",
-        "--hooks.slow={class_type: 'hooks_of_jobs:Slow', seconds: 0.1}",
-    ]
-    command = ["submit", "spirals.yaml", "--time", f"{limit_s}s", *LOCAL, *slow, *steps]
+    # The 400 steps take twice the limit, however slow this machine is now.
+    slow = f"--hooks.slow={{class_type: 'hooks_of_jobs:Slow', seconds: {limit_s / 200}}}"
+    command = ["submit", "spirals.yaml", "--time", f"{limit_s}s", *LOCAL]
+    command += ["--trust", "hooks_of_jobs", slow, *steps]
     assert main(command) == 0
     job = end()
     assert job.state == "finished", job.log.read_text()

@@ -27,7 +27,7 @@ from robo_orchard_lab.cli.errors import ExitCode
 from robo_orchard_lab.cli.main import main
 from robo_orchard_lab.report.listing import summarize
 from robo_orchard_lab.search.results import SweepResults
-from robo_orchard_lab.search.storage import STORAGE_VARIABLE, open_storage
+from robo_orchard_lab.search.storage import STORAGE_VARIABLE, open_storage, recover
 
 SPACE = """\
 metric: eval/val/loss
@@ -121,6 +121,20 @@ def test_a_pruned_run_stops_at_the_commit_point(work: Path) -> None:
     frozen = study.get_trials()[trial.number]
     assert [*frozen.intermediate_values] == [10]
     assert frozen.user_attrs["pruned_at"] == 10
+
+
+def test_values_go_to_the_newest_attempt(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose trial was repeated meanwhile reports its values to the repeated attempt."""
+    storage = f"sqlite:///{work / 'study.db'}"
+    study = optuna.create_study(storage=storage, study_name="s")
+    study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
+    recover(study, work)
+    hook = {"class_type": "SweepTrial", "study": "s", "trial": 0, "metric": "eval/val/loss"}
+    monkeypatch.setenv(STORAGE_VARIABLE, storage)
+    assert main(["train", "spirals.yaml", f"--hooks.sweep={json.dumps(hook)}"]) == 0
+    failed, repeated = study.get_trials()
+    assert failed.intermediate_values == {}
+    assert [*repeated.intermediate_values] == [10, 20, 30]
 
 
 def test_a_run_ends_with_its_sweep(work: Path) -> None:

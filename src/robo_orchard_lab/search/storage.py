@@ -149,3 +149,9 @@ def chains(study: optuna.Study) -> list[TrialChain]:
         if not trial.user_attrs.get(SURPLUS):
             newest[_first(trial)] = trial
     return [TrialChain(n, first, newest[first]) for n, first in enumerate(sorted(newest))]
+
+
+def newest_attempt(study: optuna.Study, number: int) -> FrozenTrial:
+    """Return the newest attempt of the trial that has an attempt with a number in the study."""
+    trials = study.get_trials(deepcopy=False)
+    return [trial for trial in trials if _first(trial) == _first(trials[number])][-1]

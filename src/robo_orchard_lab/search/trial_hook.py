@@ -46,6 +46,7 @@ class SweepTrial(PipelineHooks):
     def __init__(self, cfg: SweepTrialConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self._storage = ""
         self._trial: Trial | None = None
         self._requests: Requests | None = None  # None without a sweep
         self._is_job = False
@@ -55,30 +56,33 @@ class SweepTrial(PipelineHooks):
     def _begin(self, args: PipelineHookArgs) -> RemovableHandle:
         from robo_orchard_lab.search.storage import STORAGE_VARIABLE
 
-        storage = os.environ.get(STORAGE_VARIABLE)
-        if storage is None:
+        self._storage = os.environ.get(STORAGE_VARIABLE, "")
+        if not self._storage:
             logger.info("%s: no sweep started this run; nothing is reported", self.name)
         else:
             self._requests, self._is_job = args.requests, args.accelerator.num_processes > 1
             if args.accelerator.is_main_process:
-                self._connect(storage)
+                self._connect()
                 if stat.S_ISFIFO(os.fstat(0).st_mode):  # not in a job
                     threading.Thread(target=_terminate_with_sweep, daemon=True).start()
         return args.metrics.subscribe(self.cfg.metric, self._report, who=self.name)
 
-    def _connect(self, storage: str) -> None:
+    def _connect(self) -> Trial:
+        """Return the newest attempt of the trial, to which values are reported."""
         import optuna
 
         from robo_orchard_lab.search.space import make_pruner
-        from robo_orchard_lab.search.storage import open_storage
+        from robo_orchard_lab.search.storage import newest_attempt, open_storage
 
-        opened = open_storage(storage)
+        opened = open_storage(self._storage)
         study = optuna.load_study(study_name=self.cfg.study, storage=opened)
         study.pruner = make_pruner(study.user_attrs.get("pruner"))
+        attempt = newest_attempt(study, self.cfg.trial)
         study_id = opened.get_study_id_from_name(self.cfg.study)
-        trial_id = opened.get_trial_id_from_study_id_trial_number(study_id, self.cfg.trial)
+        trial_id = opened.get_trial_id_from_study_id_trial_number(study_id, attempt.number)
         self._trial = optuna.Trial(study, trial_id)
-        self._reported = {*opened.get_trial(trial_id).intermediate_values}
+        self._reported = {*attempt.intermediate_values}
+        return self._trial
 
     def _report(self, found: MetricValue) -> None:
         if self._requests is None:
@@ -94,22 +98,29 @@ class SweepTrial(PipelineHooks):
 
     def _is_pruned(self, found: MetricValue) -> bool:
         """Report a value to the study; return True if the trial is pruned. For the first rank."""
-        from robo_orchard_lab.search.storage import PRUNED
+        from optuna.exceptions import UpdateFinishedTrialError
 
-        trial = self._trial
-        if trial is None:
+        if self._trial is None:
             return False
         try:
-            if found.step not in self._reported:  # by a resumed run
-                self._reported.add(found.step)
-                trial.report(found.value, found.step)
-            if not trial.should_prune():
-                return False
-            trial.set_user_attr(PRUNED, found.step)
+            try:
+                return self._ask_study(self._trial, found)
+            except UpdateFinishedTrialError:  # this job outlives its sweep, and is repeated
+                return self._ask_study(self._connect(), found)
         except Exception as error:  # of the database or its driver
             problem = "%s: the study can't be reached, the run continues: %s"
             logger.warning(problem, self.name, error)
             return False
+
+    def _ask_study(self, trial: Trial, found: MetricValue) -> bool:
+        from robo_orchard_lab.search.storage import PRUNED
+
+        if found.step not in self._reported:  # by a resumed run
+            trial.report(found.value, found.step)
+            self._reported.add(found.step)
+        if not trial.should_prune():
+            return False
+        trial.set_user_attr(PRUNED, found.step)
         return True
 
 
