@@ -6,6 +6,8 @@ python -m benchmarks.charts
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 
 import matplotlib as mpl
@@ -26,6 +28,8 @@ CHARTS = {  # file: benchmark, title of its table
     "first_step": ("startup", "From the start of the process to the end of the first step"),
     "robot_data": ("robot_data", "Chunks of 16 actions with two cameras"),
 }
+
+END_TO_END = "end_to_end"
 
 
 def table_of(chart: str) -> Table:
@@ -61,10 +65,35 @@ def draw(table: Table, path: Path) -> None:
     figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
+def draw_ratios(tables: Sequence[Table], path: Path) -> None:
+    """Draw the ratios of each table's rows to its first row, one panel a table."""
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9})
+    names = [row.name for row in tables[0].rows[1:]]
+    figure = Figure(figsize=(7.5, 0.6 + 0.26 * len(names)), layout="constrained")
+    for axes, table in zip(figure.subplots(1, len(tables), sharey=True), tables, strict=True):
+        ratios = {row.name: row.ratio.median for row in table.rows if row.ratio is not None}
+        values = [ratios.get(name, nan) for name in names]
+        colors = [ORANGE if name.startswith(OURS) else BLUE for name in names]
+        bars = axes.barh(names, values, color=colors, alpha=0.75)
+        axes.bar_label(bars, [f"{v:.2f}" if v == v else "" for v in values], padding=3, color=GREY)
+        axes.axvline(1, color=GREY, linewidth=0.8)
+        axes.margins(x=0.3)
+        axes.set_title(table.title.partition(",")[0], color=GREY, loc="left", size=8)
+        axes.tick_params(colors=GREY, length=0)
+        axes.set_xticks([])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    axes.invert_yaxis()  # of all, since they share it
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for chart in CHARTS:
         draw(table_of(chart), FOLDER / f"{chart}.svg")
+    if END_TO_END in (kept := json.loads(KEPT.read_text("utf-8"))):
+        report = Report.from_dict(kept[END_TO_END]["report"])
+        draw_ratios(report.tables, FOLDER / f"{END_TO_END}.svg")
 
 
 if __name__ == "__main__":

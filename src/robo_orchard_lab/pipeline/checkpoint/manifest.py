@@ -345,10 +345,11 @@ class Manifest:
             "metadata": _tree("metadata", self.metadata),
             "files": {name: asdict(entry) for name, entry in self.files.items()},
         }
-        return _text({**document, "digest": digest_of(self.digest_name, _text(document))})
+        text = _text(document)
+        return _with_digest(text, digest_of(self.digest_name, text))
 
-    def check_writable(self, limits: ReadLimits) -> None:
-        """Raise StateError if the manifest exceeds the limits."""
+    def check_writable(self, limits: ReadLimits) -> bytes:
+        """Return the serialized manifest; raise StateError if it exceeds the limits."""
         document = self.to_bytes()
         if len(document) > limits.max_manifest_bytes:
             raise StateError(
@@ -361,6 +362,7 @@ class Manifest:
             if isinstance(error.__cause__, JsonError):
                 raise StateError(f"the metadata can't be saved: {error.__cause__}") from None
             raise StateError(f"the manifest would not be read again: {error}") from None
+        return document
 
     def with_files(
         self, serial: int, files: Mapping[str, FileEntry], non_finite: Sequence[str]
@@ -397,7 +399,9 @@ def parse_manifest(text: bytes, limits: ReadLimits) -> Manifest:
     if not isinstance(name, str) or name not in _MAKERS:
         raise CheckpointError(f"unknown digest_name {name!r:.40}")
     rest = {key: value for key, value in document.items() if key != "digest"}
-    if document.get("digest") != digest_of(name, _text(rest)) or _text(document) != text:
+    content = _text(rest)
+    digest = document.get("digest")
+    if digest != digest_of(name, content) or _with_digest(content, digest) != text:
         raise CheckpointError("the manifest was changed: its own digest does not match")
     try:
         return _manifest(name, rest, limits)
@@ -478,6 +482,11 @@ def _tree(what: str, value: Mapping[str, Any]) -> Any:
     if tensors:
         raise StateError(f"the {what} can't be saved: {', '.join(tensors)} is a tensor")
     return tree
+
+
+def _with_digest(text: bytes, digest: str) -> bytes:
+    """Add the digest of a manifest's text: the first key in their order."""
+    return b'{\n "digest": "' + digest.encode() + b'",' + text.removeprefix(b"{")
 
 
 def _text(document: Mapping[str, Any]) -> bytes:

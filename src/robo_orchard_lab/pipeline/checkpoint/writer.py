@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,8 @@ from robo_orchard_lab.pipeline.run.durable import (
 from robo_orchard_lab.pipeline.sharded_tensors import has_sharded, is_sharded
 
 logger = logging.getLogger(__name__)
+
+_SMALL_BYTES = 1 << 16  # of a file whose digest costs less than a switch of threads
 
 
 class FiniteCheck(NamedTuple):
@@ -211,12 +214,17 @@ class StagedCheckpoint:
         non_finite = [] if self._finite is None else list(self._finite.non_finite)
         with ThreadPoolExecutor(1) as pool:  # hides digest and check behind the slower write
             for name, data in self.files.items():
-                digest = pool.submit(digest_of, self.manifest.digest_name, data)
-                found = pool.submit(self._non_finite, name, data)
+                check = partial(self._check, name, data)
+                in_thread = pool.submit(check) if len(data) > _SMALL_BYTES else None
                 write_file(folder / name, data)
-                written[name] = FileEntry(len(data), digest.result())
-                non_finite += found.result()
+                digest, found = check() if in_thread is None else in_thread.result()
+                written[name] = FileEntry(len(data), digest)
+                non_finite += found
         return written, non_finite
+
+    def _check(self, file: str, data: bytes | memoryview) -> tuple[str, list[str]]:
+        """Return the digest of a file and the names of its non-finite tensors."""
+        return digest_of(self.manifest.digest_name, data), self._non_finite(file, data)
 
     def _non_finite(self, file: str, data: bytes | memoryview) -> list[str]:
         """Return the names of non-finite tensors in a file, such as ``model/fc.weight``."""
@@ -260,8 +268,7 @@ class StagedCheckpoint:
             files = {name: entry for of_one, _ in of_ranks for name, entry in of_one.items()}
             non_finite = list(dict.fromkeys(name for _, names in of_ranks for name in names))
             manifest = self.manifest.with_files(serials[0], files, non_finite)
-            manifest.check_writable(self._limits)
-            write_file(temporary / MANIFEST_FILE, manifest.to_bytes())
+            write_file(temporary / MANIFEST_FILE, manifest.check_writable(self._limits))
             flush_folder(temporary)
             put(temporary)
             info = manifest.info(folder)
