@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from math import nan
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -69,7 +70,7 @@ def draw_ratios(tables: Sequence[Table], path: Path) -> None:
     """Draw the ratios of each table's rows to its first row, one panel a table."""
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9})
     names = [row.name for row in tables[0].rows[1:]]
-    figure = Figure(figsize=(7.5, 0.6 + 0.26 * len(names)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.0 + 0.26 * len(names)), layout="constrained")
     for axes, table in zip(figure.subplots(1, len(tables), sharey=True), tables, strict=True):
         ratios = {row.name: row.ratio.median for row in table.rows if row.ratio is not None}
         values = [ratios.get(name, nan) for name in names]
@@ -78,7 +79,7 @@ def draw_ratios(tables: Sequence[Table], path: Path) -> None:
         axes.bar_label(bars, [f"{v:.2f}" if v == v else "" for v in values], padding=3, color=GREY)
         axes.axvline(1, color=GREY, linewidth=0.8)
         axes.margins(x=0.3)
-        axes.set_title(table.title.partition(",")[0], color=GREY, loc="left", size=8)
+        axes.set_title(fill(table.title, 17), color=GREY, loc="left", size=8)
         axes.tick_params(colors=GREY, length=0)
         axes.set_xticks([])
         for spine in axes.spines.values():
