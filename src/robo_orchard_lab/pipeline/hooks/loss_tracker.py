@@ -308,7 +308,7 @@ class LossTracker(PipelineHooks):
         if args._loss_divisor == math.inf or args._batch_skip_reason is not None:  # padding
             return
         if weight is None:
-            weight = args._batch_size or args.batch_size
+            weight = args._batch_size or args.loss_weight
         if loss is not None:
             self._total.add(loss, weight)
             return
