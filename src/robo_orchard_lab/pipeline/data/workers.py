@@ -18,9 +18,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TypeAlias
 
-from torch.utils.data import (
-    get_worker_info,
-)
+from torch.utils.data import get_worker_info
 
 from robo_orchard_lab.pipeline.data.fetching import Fetcher, ReseededDataset
 
