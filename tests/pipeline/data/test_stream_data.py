@@ -208,6 +208,19 @@ def test_a_stream_has_the_batches_of_its_loader(
     assert same(*ends)
 
 
+class Longer(Drawn):
+    def __len__(self) -> int:
+        return 8
+
+
+def test_a_stream_longer_than_its_length_is_warned_of() -> None:
+    """A stream with more samples than its dataset states has the warning of its loader."""
+    loader = DataLoader(Longer(), batch_size=None)
+    assert len(loader) == 8  # without a question for the length, torch does not warn
+    with pytest.warns(UserWarning, match="reported to be 8"):
+        assert len([*data_of(loader).epoch(0)]) == 26
+
+
 def test_samples_of_streams_are_numbered() -> None:
     """Numbers count on over the batches, also after a resume."""
     progress = TrainerProgress()

@@ -342,13 +342,17 @@ class StreamData:
 
 
 def _iterate(loader: Iterable[Any]) -> Iterator[Any]:
-    """Iterate over batches; read a stream of this process as its loader does, 10 us faster."""
+    """Iterate over batches; read a stream of this process as its loader does, 10 us faster.
+
+    A loader warns if its stream is longer than the length that the dataset states.
+    """
     if (
         type(loader) is not DataLoader
         or loader.num_workers > 0
         or loader.pin_memory
         or not isinstance(loader.dataset, IterableDataset)
         or isinstance(loader.dataset, IterDataPipe)
+        or count_batches(loader.dataset) is not None
     ):
         return iter(loader)
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # the loader's draw
